@@ -1,0 +1,73 @@
+"""``cuattn cache list``, ``cuattn cache clear`` and ``cuattn precompile``: kernels on disk."""
+
+import argparse
+import time
+from typing import Any
+
+from cuattn import env
+from cuattn.cli.report import Table, make_reporter
+from cuattn.config import ARCHITECTURES, DTYPES, HEAD_DIMS, MASKS
+
+
+def add_commands(commands: Any) -> None:
+    cache = commands.add_parser("cache", help="list or clear the compiled kernels on disk")
+    actions = cache.add_subparsers(title="actions", metavar="ACTION", required=True)
+    actions.add_parser("list", help="compiled kernels, their size and age").set_defaults(run=list_cache)
+    actions.add_parser("clear", help="remove them all").set_defaults(run=clear_cache)
+
+    precompile = commands.add_parser(
+        "precompile", help="compile kernels ahead of time", description="Compile kernels ahead of time; needs no GPU."
+    )
+    precompile.add_argument("--head-dim", type=int, nargs="+", choices=HEAD_DIMS, help="default: all")
+    precompile.add_argument("--mask", nargs="+", choices=MASKS, help="default: all")
+    precompile.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: all")
+    precompile.add_argument(
+        "--arch", nargs="+", choices=list(ARCHITECTURES), help="default: the devices present; without one, all"
+    )
+    precompile.add_argument("--jobs", type=int, help="kernels compiled at a time; default: one a core")
+    precompile.set_defaults(run=run_precompile)
+
+
+def list_cache(arguments: argparse.Namespace) -> int:
+    from cuattn.jit import ArtifactCache
+
+    entries = ArtifactCache(env.cache_dir()).entries()
+    reporter = make_reporter()
+    if entries:
+        rows = [
+            (entry.name, kibibytes(entry.size), entry.created, "yes" if entry.intact else "no, built anew on use")
+            for entry in entries
+        ]
+        reporter.table(Table("", ("kernel", "size", "built (UTC)", "intact"), rows, [e.intact for e in entries]))
+    total = kibibytes(sum(entry.size for entry in entries))
+    reporter.line(f"{len(entries)} files, {total}, in {env.cache_dir()}")
+    return 0
+
+
+def clear_cache(arguments: argparse.Namespace) -> int:
+    from cuattn.jit import ArtifactCache
+
+    removed = ArtifactCache(env.cache_dir()).clear()
+    make_reporter().line(f"{removed} files removed from {env.cache_dir()}")
+    return 0
+
+
+def run_precompile(arguments: argparse.Namespace) -> int:
+    from cuattn.jit import Precompiled, precompile
+
+    reporter = make_reporter()
+
+    def show(done: int, total: int, kernel: Precompiled) -> None:
+        took = "was there" if kernel.from_cache else f"{kernel.seconds:.1f} s"
+        reporter.line(f"[{done}/{total}] {kernel.config.name}: {took}")
+
+    start = time.perf_counter()
+    kernels = precompile(
+        arguments.head_dim, arguments.mask, arguments.dtype, arguments.arch, jobs=arguments.jobs, progress=show
+    )
+    reporter.line(f"{len(kernels)} kernels in {time.perf_counter() - start:.1f} s, in {env.cache_dir()}", good=True)
+    return 0
+
+
+def kibibytes(size: int) -> str:
+    return f"{size / 1024:.0f} KiB"

@@ -1,0 +1,88 @@
+"""KernelConfig: all that a compiled kernel may depend on. Batch, lengths, device size and splits have no place here."""
+
+from dataclasses import dataclass
+
+from cuattn import contract
+
+MASKS = ("full", "causal")
+DTYPES = ("float16", "bfloat16")
+HEAD_DIMS = (64, 128)
+#: NVRTC targets, with the shared memory in bytes that one block may use there (CUDA C++ Programming Guide, table of
+#: technical specifications per compute capability).
+ARCHITECTURES = {
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_87": 163 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90a": 227 * 1024,
+    "sm_100a": 227 * 1024,
+    "sm_103a": 227 * 1024,
+    "sm_110a": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "sm_121": 99 * 1024,
+}
+
+
+def architecture_of(compute_capability: str) -> str:
+    """Target for a compute capability such as "90": the entry of ARCHITECTURES with that number.
+
+    Raises NotImplementedError for a capability without an entry.
+    """
+    for arch in ARCHITECTURES:
+        if arch.removeprefix("sm_").rstrip("a") == compute_capability:
+            return arch
+    raise NotImplementedError(
+        f"device: got compute capability {compute_capability}, expected one of {', '.join(ARCHITECTURES)}"
+    )
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """One specialisation of a kernel.
+
+    head_dim, mask and dtype are what the caller asked for, arch the compilation target. The tile, chunk and k16 order
+    (what decides bits) follow from head_dim alone; rows per block and ring depth (what decides speed) from arch as well.
+    """
+
+    head_dim: int
+    mask: str
+    dtype: str
+    arch: str
+    kernel: str = "forward_sm80"
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel}_d{self.head_dim}_{self.mask}_{self.dtype}_{self.arch}"
+
+    @property
+    def key_tile(self) -> int:
+        return contract.key_tile(self.head_dim)
+
+    @property
+    def warps(self) -> int:
+        """Warps per block, each with 16 query rows; fewer where shared memory is small."""
+        return 8 if ARCHITECTURES[self.arch] >= 160 * 1024 else 4
+
+    @property
+    def query_tile(self) -> int:
+        return 16 * self.warps
+
+    @property
+    def ring_slots(self) -> int:
+        """Key or value tiles in flight: as many as fit beside the fp32 accumulator of earlier chunks, four at most."""
+        tile_bytes = self.key_tile * self.head_dim * 2
+        free = ARCHITECTURES[self.arch] - self.query_tile * self.head_dim * 4
+        return min(4, free // tile_bytes)
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.ring_slots * self.key_tile * self.head_dim * 2 + self.query_tile * self.head_dim * 4
+
+
+def select_config(head_dim: int, mask: str, dtype: str, arch: str) -> KernelConfig:
+    """The kernel for a problem. Its signature is the invariance: nothing of the batch can reach the choice."""
+    return KernelConfig(head_dim, mask, dtype, arch)
+
+
+def all_configs(arch: str) -> list[KernelConfig]:
+    return [select_config(d, m, t, arch) for d in HEAD_DIMS for m in MASKS for t in DTYPES]

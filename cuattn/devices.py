@@ -1,0 +1,34 @@
+"""The CUDA devices at hand, as CuPy sees them."""
+
+import functools
+from typing import Any
+
+from cuattn.config import architecture_of
+from cuattn.errors import MissingDependencyError
+
+INSTALL_ADVICE = "pip install 'cuattn[cuda13]', or 'cuattn[cuda12]' for a driver of CUDA 12"
+
+
+def import_cupy() -> Any:
+    """The module cupy. Raises MissingDependencyError, with the reason, if it does not import."""
+    try:
+        import cupy
+    except ImportError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise MissingDependencyError(f"CUDA kernels need CuPy ({reason}): {INSTALL_ADVICE}") from error
+    return cupy
+
+
+@functools.cache
+def device_count() -> int:
+    """The number of CUDA devices that CuPy can use: 0 without CuPy, without a driver and where either is broken."""
+    try:
+        return int(import_cupy().cuda.runtime.getDeviceCount())
+    except Exception:  # whatever keeps CuPy from working, the answer is the same
+        return 0
+
+
+@functools.cache
+def device_architecture(index: int) -> str:
+    """The compilation target of a device, such as "sm_90a". Raises NotImplementedError for one that has none."""
+    return architecture_of(import_cupy().cuda.Device(index).compute_capability)

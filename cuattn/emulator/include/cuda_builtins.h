@@ -1,0 +1,77 @@
+// What the CUDA compiler knows without an #include, for the host compiler. Every emulated unit includes it first.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include <emulator/access.h>
+#include <emulator/block.h>
+#include <emulator/special_functions.h>
+#include <emulator/tensor_core.h>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+struct float4 {
+    float x, y, z, w;
+};
+struct uint4 {
+    unsigned x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+inline thread_local emulator::Index3 threadIdx, blockIdx, gridDim;
+
+using std::max;
+using std::min;
+
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __frcp_rn(float a) { return 1.0f / a; }
+
+inline unsigned __float_as_uint(float x) {
+    unsigned bits;
+    std::memcpy(&bits, &x, 4);
+    return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+inline void __syncthreads() { emulator::block_barrier(); }
+inline void __syncwarp(unsigned mask = 0xffffffffu) {
+    emulator::warp_collective("__syncwarp", mask, nullptr, [](const void* const*) {});
+}
+inline float __shfl_xor_sync(unsigned mask, float x, int lane_mask) {
+    struct Exchange {
+        float in;
+        mutable float out;
+    };
+    const Exchange mine{x, 0.0f};
+    emulator::warp_collective("__shfl_xor_sync", mask, &mine, [&](const void* const* all) {
+        const auto* const* lanes = reinterpret_cast<const Exchange* const*>(all);
+        for (int i = 0; i < 32; ++i) lanes[i]->out = lanes[i ^ lane_mask]->in;
+    });
+    return mine.out;
+}
+inline int __any_sync(unsigned mask, int predicate) {
+    struct Vote {
+        int in;
+        mutable int out;
+    };
+    const Vote mine{predicate, 0};
+    emulator::warp_collective("__any_sync", mask, &mine, [](const void* const* all) {
+        const auto* const* lanes = reinterpret_cast<const Vote* const*>(all);
+        const bool any = std::any_of(lanes, lanes + 32, [](const Vote* vote) { return vote->in != 0; });
+        for (int i = 0; i < 32; ++i) lanes[i]->out = any;
+    });
+    return mine.out;
+}

@@ -1,0 +1,22 @@
+// Host twin of kernels_cu/ptx/cp_async.cuh.
+#pragma once
+
+#include <common/types.cuh>
+#include <cuda_builtins.h>
+
+namespace cuattn::ptx {
+
+inline void cp_async_16(u32 to, const void* from, bool valid) { emulator::start_copy(to, from, 16, valid); }
+
+inline void cp_async_commit() {
+    emulator::Thread& me = emulator::current();
+    me.groups.push_back(std::move(me.open_group));
+    me.open_group.clear();
+}
+
+template <int pending>
+void cp_async_wait() {
+    emulator::finish_copies(pending);
+}
+
+}  // namespace cuattn::ptx

@@ -1,0 +1,37 @@
+// Host twin of kernels_cu/ptx/ldmatrix.cuh.
+#pragma once
+
+#include <common/types.cuh>
+#include <cuda_builtins.h>
+
+namespace cuattn::ptx {
+
+namespace host {
+
+template <bool transposed>
+void ldmatrix_x4(u32 (&r)[4], u32 row) {
+    struct Request {
+        u32* registers;
+        u16 row[8];
+    };
+    Request mine{r, {}};
+    emulator::load_shared(mine.row, row, 16);
+    emulator::warp_collective("ldmatrix", 0xffffffffu, &mine, [](const void* const* all) {
+        const auto request = [&](int lane) -> const Request& { return *static_cast<const Request*>(all[lane]); };
+        for (int lane = 0; lane < 32; ++lane) {
+            for (int matrix = 0; matrix < 4; ++matrix) {
+                const int row = lane / 4, column = 2 * (lane % 4);
+                const auto at = [&](int r, int c) { return static_cast<u32>(request(8 * matrix + r).row[c]); };
+                request(lane).registers[matrix] = transposed ? at(column, row) | at(column + 1, row) << 16
+                                                             : at(row, column) | at(row, column + 1) << 16;
+            }
+        }
+    });
+}
+
+}  // namespace host
+
+inline void ldmatrix_x4(u32 (&r)[4], u32 row) { host::ldmatrix_x4<false>(r, row); }
+inline void ldmatrix_x4_trans(u32 (&r)[4], u32 row) { host::ldmatrix_x4<true>(r, row); }
+
+}  // namespace cuattn::ptx

@@ -1,0 +1,17 @@
+// Host twin of kernels_cu/ptx/math.cuh.
+#pragma once
+
+#include <common/types.cuh>
+#include <cuda_builtins.h>
+
+namespace cuattn::ptx {
+
+inline float exp2_approx(float x) { return emulator::exp2_approx(x); }
+
+template <bool bfloat16>
+u32 pack_16bit(float low, float high) {
+    const auto convert = bfloat16 ? emulator::to_bf16 : emulator::to_fp16;
+    return convert(low) | static_cast<u32>(convert(high)) << 16;
+}
+
+}  // namespace cuattn::ptx

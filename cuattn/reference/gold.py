@@ -1,0 +1,43 @@
+"""The gold answer: softmax attention in float64, written to be read and not to be fast."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float64 = NDArray[np.float64]
+
+
+def visible_keys(len_q: int, len_k: int, mask: str | None) -> NDArray[np.int64]:
+    """How many leading keys each query row sees, (len_q,): all of them, or bottom-right aligned causal.
+
+    Raises ValueError for an unknown mask.
+    """
+    if mask in ("full", None):
+        return np.full(len_q, len_k)
+    if mask == "causal":
+        return np.clip(len_k - len_q + 1 + np.arange(len_q), 0, len_k)
+    raise ValueError(f"mask: got {mask!r}, expected 'full', 'causal' or None")
+
+
+def gold_attention(
+    q: Float64, k: Float64, v: Float64, mask: str | None = "full", scale: float | None = None
+) -> tuple[Float64, Float64]:
+    """Attention of finite float64 inputs: q (B, Hq, Lq, D), k and v (B, Hkv, Lk, D) -> out like q, LSE (B, Hq, Lq).
+
+    ``scale`` defaults to ``D**-0.5``; the LSE is a natural logarithm. A row that sees no key gives 0 and -inf. The
+    scores of all heads are in memory at once: B * Hq * Lq * Lk * 8 bytes, several times over.
+    """
+    group = q.shape[1] // k.shape[1]
+    k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+
+    scores = scale * (q @ k.swapaxes(-1, -2))  # (B, Hq, Lq, Lk)
+    seen = np.arange(k.shape[2]) < visible_keys(q.shape[2], k.shape[2], mask)[:, None]
+    scores = np.where(seen, scores, -np.inf)
+    highest = scores.max(axis=-1, keepdims=True, initial=-np.inf)
+    reference = np.where(np.isfinite(highest), highest, 0.0)  # -inf - -inf is NaN
+    weights = np.exp(scores - reference)
+    total = weights.sum(axis=-1, keepdims=True)  # 0 only where nothing is seen
+    out = (weights @ v) / np.where(total > 0, total, 1.0)
+    with np.errstate(divide="ignore"):
+        lse = reference + np.log(total)
+    return out, lse[..., 0]

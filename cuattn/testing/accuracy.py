@@ -1,0 +1,127 @@
+"""Accuracy: the error against float64 in proportion to the error of a peer, on inputs that show errors.
+
+The peer is what a framework computes without a fused kernel: inputs in low precision, scores and softmax in fp32,
+weights rounded to the dtype, output rounded. The rules:
+
+- relative L2 error <= ERROR_RATIO times the peer's, where the peer counts at least as rounding the output alone;
+- each element: |out - gold| <= 2 * (the peer's largest error) + one unit in the last place of the gold value;
+- each LSE: |lse - gold| <= LSE_UNITS fp32 units in the last place of the row's largest possible |score|;
+- rows that see nothing: out is +0 and LSE is -inf.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cuattn.reference.gold import gold_attention, visible_keys
+from cuattn.testing.arrays import Bits, Library, NumpyLibrary, raw_bits, round_to_bits, values_of
+from cuattn.testing.inputs import Case, Inputs, make_inputs
+
+ERROR_RATIO = 1.1
+LSE_UNITS = 4
+_EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
+_SMALLEST_NORMAL = {"float16": 2.0**-14, "bfloat16": 2.0**-126}
+#: Relative L2 error of rounding normal numbers to nearest, in units of epsilon.
+_ROUNDING = 0.21
+
+
+def peer_attention(inputs: Inputs, dtype: str, mask: str, scale: float) -> NDArray[np.float32]:
+    """The peer's output (B, Hq, Lq, D), fp32 values that are exact in ``dtype``."""
+    q, k, v = (values_of(bits, dtype).astype(np.float32) for bits in (inputs.q, inputs.k, inputs.v))
+    group = q.shape[1] // k.shape[1]
+    k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
+    scores = np.float32(scale) * (q @ k.swapaxes(-1, -2))
+    seen = np.arange(k.shape[2]) < visible_keys(q.shape[2], k.shape[2], mask)[:, None]
+    scores = np.where(seen, scores, np.float32(-np.inf))
+    highest = scores.max(axis=-1, keepdims=True, initial=-np.inf)
+    weights = np.exp(scores - np.where(np.isfinite(highest), highest, np.float32(0)))
+    total = weights.sum(axis=-1, keepdims=True)
+    weights = weights / np.where(total > 0, total, np.float32(1))
+    return _rounded(_rounded(weights, dtype) @ v, dtype)
+
+
+def _rounded(values: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
+    return values_of(round_to_bits(values, dtype), dtype).astype(np.float32)
+
+
+def relative_error(actual: NDArray[Any], gold: NDArray[np.float64]) -> float:
+    """``|actual - gold| / |gold|`` in the Euclidean norm over all elements; 0 for 0 / 0."""
+    norm = float(np.linalg.norm(gold))
+    error = float(np.linalg.norm(actual.astype(np.float64) - gold))
+    return error / norm if norm > 0 else error
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Measured errors of one case, each beside what is allowed."""
+
+    case: Case
+    error: float  # relative L2 against float64
+    peer_error: float
+    worst_element: float  # largest |out - gold| as a share of what its element is allowed
+    lse_error: float  # largest |lse - gold|
+    lse_allowed: float
+    failures: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+    @property
+    def ratio(self) -> float:
+        return self.error / self.peer_error if self.peer_error > 0 else float(self.error > 0)
+
+
+def judge(case: Case, inputs: Inputs, out: Bits, lse: Bits) -> Accuracy:
+    """Errors of raw output bits (B, Hq, Lq, D) of the case's dtype and raw LSE bits (B, Hq, Lq) of fp32."""
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    q, k, v = (values_of(bits, case.dtype).astype(np.float64) for bits in (inputs.q, inputs.k, inputs.v))
+    gold, gold_lse = gold_attention(q, k, v, case.mask, scale)
+    peer = peer_attention(inputs, case.dtype, case.mask, scale)
+    values, logs = values_of(out, case.dtype).astype(np.float64), values_of(lse, "float32").astype(np.float64)
+
+    epsilon = _EPSILON[case.dtype]
+    error, peer_error = relative_error(values, gold), relative_error(peer, gold)
+    unit = epsilon * np.maximum(np.abs(gold), _SMALLEST_NORMAL[case.dtype])
+    element = np.abs(values - gold) / (2 * np.abs(peer - gold).max(initial=0.0) + unit)
+    worst_element = float(element.max(initial=0.0))
+
+    seen = np.isfinite(gold_lse)
+    largest_score = abs(scale) * np.linalg.norm(q, axis=-1).max(initial=0.0) * np.linalg.norm(k, axis=-1).max(initial=0)
+    lse_allowed = LSE_UNITS * float(np.spacing(np.float32(max(1.0, largest_score))))
+    lse_error = float(np.abs(logs[seen] - gold_lse[seen]).max(initial=0.0))
+
+    failures = []
+    # "not <=" and not ">": a NaN fails
+    if not error <= ERROR_RATIO * max(peer_error, _ROUNDING * epsilon):
+        failures.append(f"relative L2 error {error:.3g}, the peer's is {peer_error:.3g}")
+    if not worst_element <= 1:
+        failures.append(f"an element's error is {worst_element:.3g} times what is allowed")
+    if not lse_error <= lse_allowed:
+        failures.append(f"LSE error {lse_error:.3g}, allowed {lse_allowed:.3g}")
+    if not (np.all(logs[~seen] == -np.inf) and not np.any(out[~seen])):
+        failures.append("a row that sees no key is not +0 with LSE -inf")
+    return Accuracy(case, error, peer_error, worst_element, lse_error, lse_allowed, tuple(failures))
+
+
+def measure_accuracy(op: Any, cases: Iterable[Case], library: Library | None = None) -> Iterator[Accuracy]:
+    """Run ``op(q, k, v, mask, scale=..., return_lse=True) -> (out, lse)`` on each case and judge it, one by one.
+
+    ``library`` makes the arrays (default: NumPy).
+    """
+    library = library or NumpyLibrary()
+    for case in cases:
+        inputs = make_inputs(case)
+        q, k, v = (library.array(bits, case.dtype) for bits in (inputs.q, inputs.k, inputs.v))
+        out, lse = op(q, k, v, case.mask, scale=case.scale, return_lse=True)
+        yield judge(case, inputs, raw_bits(out)[0], raw_bits(lse)[0])
+
+
+def assert_accurate(op: Any, case: Case, library: Library | None = None) -> None:
+    """Raises AssertionError, naming each broken rule, unless ``op`` is accurate on the case."""
+    (result,) = measure_accuracy(op, [case], library)
+    if not result.passed:
+        raise AssertionError(f"{case}: " + "; ".join(result.failures))

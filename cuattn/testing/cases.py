@@ -1,0 +1,53 @@
+"""The standard cases: lengths on both sides of every tile and chunk edge, in three sizes."""
+
+from collections.abc import Iterator
+from itertools import product
+
+from cuattn.testing.inputs import FAMILIES, Case
+
+#: (batch, heads, kv_heads, len_q, len_k) of the invariance sweep.
+_SWEEP = {
+    "tiny": [(2, 4, 2, 17, 80), (1, 1, 1, 1, 1)],
+    "small": [(3, 4, 2, 113, 203), (1, 2, 1, 1, 1), (1, 2, 1, 20, 530)],
+    "large": [
+        (3, 4, 2, 113, 203),
+        (1, 2, 1, 1, 1),
+        (2, 2, 2, 128, 128),
+        (1, 2, 1, 799, 3),
+        (1, 2, 1, 1023, 1024),
+        (1, 2, 1, 64, 4097),
+    ],
+}
+#: (heads, kv_heads, len_q, len_k) of the accuracy table: one for every family, one of a long context.
+_ACCURACY = {
+    "tiny": ((1, 1, 16, 128), (1, 1, 1, 600)),
+    "small": ((2, 1, 128, 256), (1, 1, 16, 2100)),
+    "large": ((2, 1, 256, 384), (1, 1, 16, 16500)),
+}
+SIZES = tuple(_SWEEP)
+
+
+def standard_cases(
+    size: str = "small",
+    dtypes: tuple[str, ...] = ("float16", "bfloat16"),
+    head_dims: tuple[int, ...] = (64, 128),
+    masks: tuple[str, ...] = ("causal", "full"),
+) -> Iterator[Case]:
+    """Cases of an invariance sweep: every shape of ``size`` ("tiny", "small" or "large") in every variant."""
+    for dtype, head_dim, mask in product(dtypes, head_dims, masks):
+        for batch, heads, kv_heads, len_q, len_k in _SWEEP[size]:
+            yield Case(len_q, len_k, mask, dtype, head_dim, batch, heads, kv_heads)
+
+
+def accuracy_cases(
+    size: str = "small",
+    dtypes: tuple[str, ...] = ("float16", "bfloat16"),
+    head_dims: tuple[int, ...] = (64, 128),
+    masks: tuple[str, ...] = ("causal", "full"),
+) -> Iterator[Case]:
+    """Cases of an accuracy table: every family of inputs, and a long context, in every variant."""
+    (heads, kv_heads, len_q, len_k), long = _ACCURACY[size]
+    for dtype, head_dim, mask in product(dtypes, head_dims, masks):
+        for family in FAMILIES:
+            yield Case(len_q, len_k, mask, dtype, head_dim, 1, heads, kv_heads, family)
+        yield Case(long[2], long[3], mask, dtype, head_dim, 1, *long[:2])

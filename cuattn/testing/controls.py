@@ -1,0 +1,161 @@
+"""Negative controls: operations that are right within rounding, whose bits depend on one thing that they must not see.
+
+Each wraps the operation under test, cuts the keys of each sequence in two, and merges the two results in fp32: what a
+kernel does whose chunk starts move. Where the cut lies depends on that one thing. A check that such an operation
+passes checks nothing.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cuattn.testing.arrays import is_contiguous, library_of, raw_bits, round_to_bits, values_of
+from cuattn.testing.subject import Operation
+
+#: The cut is at least FIRST_CUT keys into the sequence and less than FIRST_CUT + CUTS; fewer keys are not cut.
+FIRST_CUT = 16
+CUTS = 31
+
+
+@dataclass(frozen=True)
+class Call:
+    """One sequence of one call: q (B, Hq, Lq, D), k and v (B, Hkv, Lk, D) whole, and all that a bad kernel may see."""
+
+    q: Any
+    k: Any
+    v: Any
+    mask: str
+    layout: str
+    num_splits: int | None
+    position: int  # in the batch
+    run: int  # how often the operation was called before
+
+
+def non_invariant(op: Operation, seen: Callable[[Call], int]) -> Operation:
+    """``op`` with its keys cut at a point that moves with ``seen``, a number made of what `Call` holds.
+
+    It takes the same arguments as ``op``; layout, num_splits and out even where ``op`` does not.
+    """
+    runs = 0
+
+    @functools.wraps(op)
+    def cut_op(
+        q: Any, k: Any, v: Any, mask: str, *, layout: str = "bhsd", num_splits: int | None = None, **options: Any
+    ) -> Any:
+        nonlocal runs
+        if layout == "bshd":
+            q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+        library, dtype = library_of(q), raw_bits(q[:0])[1]
+        out = np.zeros(tuple(q.shape), np.float32)
+        lse = np.zeros(tuple(q.shape[:3]), np.float32)
+        for item in range(q.shape[0]):
+            cut = FIRST_CUT + seen(Call(q, k, v, mask, layout, num_splits, item, runs)) % CUTS
+            one = slice(item, item + 1)
+            out[one], lse[one] = _attend_in_two(op, q[one], k[one], v[one], mask, cut, options)
+        runs += 1
+        if layout == "bshd":
+            out = out.swapaxes(1, 2)
+        return library.array(round_to_bits(out, dtype), dtype), library.array(lse.view(np.uint32), "float32")
+
+    return cut_op
+
+
+def _attend_in_two(
+    op: Operation, q: Any, k: Any, v: Any, mask: str, cut: int, options: dict[str, Any]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Keys before and after ``cut`` on their own, merged by their LSE; (out, lse) in fp32 on the host."""
+
+    def attend(rows: slice, keys: slice, mask: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        out, lse = op(q[:, :, rows], k[:, :, keys], v[:, :, keys], mask, **options)
+        return _host(out), _host(lse)
+
+    len_q, len_k = q.shape[2], k.shape[2]
+    if len_k <= cut:
+        return attend(slice(None), slice(None), mask)
+    # Causal rows before `whole` see fewer keys than `cut`.
+    whole = 0 if mask == "full" else max(0, cut - 1 - (len_k - len_q))
+    early = [attend(slice(whole), slice(cut - 1), mask)] if whole else []
+    cut_rows = slice(whole, None)
+    (out_a, lse_a), (out_b, lse_b) = attend(cut_rows, slice(cut), "full"), attend(cut_rows, slice(cut, None), mask)
+    with np.errstate(invalid="ignore"):  # NaN is among what the checks feed
+        lse = np.logaddexp(lse_a, lse_b)
+    out = out_a * np.exp(lse_a - lse)[..., None] + out_b * np.exp(lse_b - lse)[..., None]
+    late = [(out, lse)]
+    return tuple(np.concatenate(part, axis=2) for part in zip(*early, *late, strict=True))  # type: ignore[return-value]
+
+
+def _host(array: Any) -> NDArray[np.float32]:
+    return values_of(*raw_bits(array)).astype(np.float32)
+
+
+def _contains_nan(array: Any) -> bool:
+    return bool(np.isnan(_host(array)).any())
+
+
+def depends_on_batch_size(op: Operation) -> Operation:
+    return non_invariant(op, lambda call: call.q.shape[0])
+
+
+def depends_on_position(op: Operation) -> Operation:
+    return non_invariant(op, lambda call: call.position)
+
+
+def depends_on_garbage(op: Operation) -> Operation:
+    return non_invariant(op, lambda call: _contains_nan(call.q) or _contains_nan(call.k))
+
+
+def depends_on_rows(op: Operation) -> Operation:
+    return non_invariant(op, lambda call: call.q.shape[2])
+
+
+def depends_on_mask(op: Operation) -> Operation:
+    return non_invariant(op, lambda call: call.mask == "causal")
+
+
+def depends_on_heads(op: Operation) -> Operation:
+    return non_invariant(op, lambda call: call.q.shape[1])
+
+
+def depends_on_key_heads(op: Operation) -> Operation:
+    return non_invariant(op, lambda call: call.k.shape[1])
+
+
+def depends_on_strides(op: Operation) -> Operation:
+    return non_invariant(op, lambda call: is_contiguous(call.k))
+
+
+def depends_on_layout(op: Operation) -> Operation:
+    return non_invariant(op, lambda call: call.layout == "bshd")
+
+
+def depends_on_runs(op: Operation) -> Operation:
+    return non_invariant(op, lambda call: call.run)
+
+
+def depends_on_splits(op: Operation) -> Operation:
+    return non_invariant(op, lambda call: call.num_splits or 0)
+
+
+def depends_on_last_key(op: Operation) -> Operation:
+    """The cut moves when all numbers of the last key are the same."""
+    return non_invariant(op, lambda call: float(np.ptp(_host(call.k[:, :, -1:]))) == 0.0)
+
+
+def leaves_a_row_unwritten(op: Operation) -> Operation:
+    """The last query row of an array given as ``out`` keeps what it held."""
+
+    @functools.wraps(op)
+    def lazy_op(q: Any, k: Any, v: Any, mask: str, *, out: Any = None, **options: Any) -> Any:
+        if out is None:
+            return op(q, k, v, mask, **options)
+        bits, dtype = raw_bits(out)
+        before = library_of(out).array(bits[:, :, -1:], dtype)  # a copy
+        _, lse = op(q, k, v, mask, out=out, **options)
+        out[:, :, -1:] = before
+        return out, lse
+
+    return lazy_op

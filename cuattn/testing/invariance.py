@@ -1,0 +1,220 @@
+"""The invariance checks: each compares raw bits of two ways to compute the same rows.
+
+Each check names its negative control: an operation that does depend on the one thing the check varies, and on nothing
+else, and that therefore must fail it.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from cuattn.testing import controls
+from cuattn.testing.arrays import Bits, poison, raw_bits, round_to_bits
+from cuattn.testing.inputs import Case, Inputs
+from cuattn.testing.subject import Operation, Subject, contiguous, padded, rows_first
+
+
+@dataclass(frozen=True)
+class Check:
+    """One way in which bits could change.
+
+    run raises AssertionError if they do; control makes an operation fail it; applies says for which cases it means
+    anything; keyword is the keyword of the operation without which it cannot run.
+    """
+
+    name: str
+    run: Callable[[Subject], None]
+    control: Callable[[Operation], Operation]
+    applies: Callable[[Case], bool] = lambda case: True
+    keyword: str | None = None
+
+
+def batch_size(subject: Subject) -> None:
+    """A sequence alone, with the first others, and in a doubled batch."""
+    inputs, baseline = subject.inputs, subject.baseline
+    batch = len(inputs.q)
+    for size in sorted({1, batch - 1}):
+        subject.run(inputs.items(slice(size))).assert_equals(baseline[:size], f"batch {size} against {batch}")
+    doubled = subject.run(inputs.items(list(range(batch)) * 2))
+    doubled[batch:].assert_equals(baseline, f"batch {2 * batch} against {batch}")
+
+
+def batch_position(subject: Subject) -> None:
+    """One sequence at every place of the batch."""
+    inputs, baseline = subject.inputs, subject.baseline
+    batch = len(inputs.q)
+    copies = subject.run(inputs.items([0] * batch))
+    for place in range(batch):
+        copies[place : place + 1].assert_equals(baseline[:1], f"place {place} of {batch} against place 0")
+
+
+def permutation(subject: Subject) -> None:
+    """The batch in the reverse order."""
+    order = list(range(subject.case.batch))[::-1]
+    subject.run(subject.inputs.items(order)).assert_equals(subject.baseline[order], "reversed batch")
+
+
+def neighbours(subject: Subject) -> None:
+    """Sequences of NaN before and behind."""
+    inputs = subject.inputs
+
+    def surrounded(bits: Bits) -> Bits:
+        nan = poison(bits[:1].shape, bits.itemsize)
+        return np.concatenate([nan, bits[:1], nan])
+
+    result = subject.run(Inputs(surrounded(inputs.q), surrounded(inputs.k), surrounded(inputs.v)))
+    result[1:2].assert_equals(subject.baseline[:1], "between sequences of NaN")
+
+
+def chunked_prefill(subject: Subject) -> None:
+    """The query rows in pieces, at several sets of boundaries; causal pieces get the keys up to their last row."""
+    inputs, baseline = subject.inputs.items(slice(1)), subject.baseline
+    for cuts in boundaries(subject.case.len_q):
+        for first, last in pairwise(cuts):
+            piece = _with_visible_keys(inputs, subject.case, last).with_rows(first, last)
+            subject.run(piece).assert_equals(baseline[:1, :, first:last], f"rows {first} to {last} of {cuts}")
+
+
+def boundaries(length: int) -> Iterator[list[int]]:
+    """Sets of cuts of ``length`` rows: off by one at both ends, unequal pieces, and pieces of about a power of two."""
+    sets = [[1, length // 3 + 1, length - 1], [length // 2]]
+    piece = 1 << max(length // 4, 1).bit_length()  # 4 pieces or fewer
+    sets.append(list(range(piece, length, piece)))
+    seen: list[list[int]] = []
+    for inner in sets:
+        cuts = [0, *sorted({cut for cut in inner if 0 < cut < length}), length]
+        if len(cuts) > 2 and cuts not in seen:
+            seen.append(cuts)
+            yield cuts
+
+
+def _with_visible_keys(inputs: Inputs, case: Case, rows: int) -> Inputs:
+    """The keys that any of the first ``rows`` query rows sees."""
+    if case.mask == "full":
+        return inputs
+    return inputs.with_keys(max(0, case.len_k - case.len_q + rows))
+
+
+def decode(subject: Subject) -> None:
+    """Single query rows, each with the keys it sees: first, last, and around tile edges."""
+    inputs, baseline = subject.inputs.items(slice(1)), subject.baseline
+    length = subject.case.len_q
+    for row in sorted({0, 15, 16, 63, 127, 128, length // 2, length - 2, length - 1}):
+        if 0 <= row < length:
+            one = _with_visible_keys(inputs, subject.case, row + 1).with_rows(row, row + 1)
+            subject.run(one).assert_equals(baseline[:1, :, row : row + 1], f"row {row} alone")
+
+
+def mask_type(subject: Subject) -> None:
+    """The last query row sees every key under either mask."""
+    other = "full" if subject.case.mask == "causal" else "causal"
+    length = subject.case.len_q
+    last = subject.run(subject.inputs.with_rows(length - 1, length), mask=other)
+    last.assert_equals(subject.baseline[:, :, -1:], f"last row, {other} against {subject.case.mask}")
+
+
+def repeated_heads(subject: Subject) -> None:
+    """Grouped heads against the same keys and values repeated for every query head."""
+    inputs, group = subject.inputs, subject.case.heads // subject.case.kv_heads
+    repeated = replace(inputs, k=np.repeat(inputs.k, group, axis=1), v=np.repeat(inputs.v, group, axis=1))
+    subject.run(repeated).assert_equals(subject.baseline, "repeated key heads")
+
+
+def head_slices(subject: Subject) -> None:
+    """Every key head with its group of query heads, alone."""
+    inputs, group = subject.inputs, subject.case.heads // subject.case.kv_heads
+    for head in range(subject.case.kv_heads):
+        queries, keys = np.s_[:, head * group : (head + 1) * group], np.s_[:, head : head + 1]
+        alone = subject.run(Inputs(inputs.q[queries], inputs.k[keys], inputs.v[keys]))
+        alone.assert_equals(subject.baseline[queries], f"key head {head} alone")
+
+
+def strides(subject: Subject) -> None:
+    """Views into larger arrays with NaN in the gaps, and views of (B, L, H, D) memory."""
+    for name, place in {"padded views": padded, "(B, L, H, D) memory": rows_first}.items():
+        subject.run(subject.inputs, place=place).assert_equals(subject.baseline, name)
+
+
+def layout(subject: Subject) -> None:
+    """layout="bshd" against "bhsd"."""
+
+    def through_bshd(q: Any, k: Any, v: Any, mask: str, **options: Any) -> Any:
+        swapped = (x.swapaxes(1, 2) for x in (q, k, v))
+        out, lse = subject.op(*swapped, mask, layout="bshd", **options)
+        return out.swapaxes(1, 2), lse
+
+    other = Subject(through_bshd, subject.library, subject.case)
+    other.run(subject.inputs, place=rows_first).assert_equals(subject.baseline, 'layout="bshd"')
+
+
+def repeated_runs(subject: Subject) -> None:
+    """The same call again and again."""
+    for run in range(2, 5):
+        subject.run(subject.inputs).assert_equals(subject.baseline, f"run {run} against run 1")
+
+
+def unseen_keys(subject: Subject) -> None:
+    """Other contents of keys and values that the earlier rows cannot see."""
+    inputs, case = subject.inputs, subject.case
+    hidden = max(1, min(case.len_q, case.len_k) // 2)
+    k, v = inputs.k.copy(), inputs.v.copy()
+    k[:, :, -hidden:] = v[:, :, -hidden:] = round_to_bits(np.array([3], np.float32), case.dtype)
+    result = subject.run(replace(inputs, k=k, v=v))
+    rows = np.s_[:, :, : case.len_q - hidden]
+    result[rows].assert_equals(subject.baseline[rows], f"the last {hidden} keys replaced")
+
+
+def other_rows(subject: Subject) -> None:
+    """Query rows among rows of NaN."""
+    q = poison(subject.inputs.q.shape, subject.inputs.q.itemsize)
+    kept = np.s_[:, :, ::3]
+    q[kept] = subject.inputs.q[kept]
+    result = subject.run(replace(subject.inputs, q=q))
+    result[kept].assert_equals(subject.baseline[kept], "every third row, NaN in the others")
+
+
+def split_hint(subject: Subject) -> None:
+    """Values of num_splits."""
+    for splits in (1, 2, 3, 7, 64):
+        result = subject.run(subject.inputs, num_splits=splits)
+        result.assert_equals(subject.baseline, f"num_splits={splits}")
+
+
+def given_output(subject: Subject) -> None:
+    """A caller's output array full of NaN, of which every element must be written."""
+    bits = poison(subject.inputs.q.shape, subject.inputs.q.itemsize)
+    out = contiguous(subject.library, bits, subject.case.dtype)
+    result = subject.run(subject.inputs, out=out)
+    result.assert_equals(subject.baseline, "out=")
+    replace(result, out=raw_bits(out)[0]).assert_equals(subject.baseline, "the array given as out")
+
+
+def _many_sequences(case: Case) -> bool:
+    return case.batch > 1
+
+
+def _many_rows(case: Case) -> bool:
+    return case.len_q > 1
+
+
+CHECKS = (
+    Check("batch size", batch_size, controls.depends_on_batch_size, _many_sequences),
+    Check("batch position", batch_position, controls.depends_on_position, _many_sequences),
+    Check("permutation", permutation, controls.depends_on_position, _many_sequences),
+    Check("neighbours", neighbours, controls.depends_on_garbage),
+    Check("chunked prefill", chunked_prefill, controls.depends_on_rows, _many_rows),
+    Check("decode against prefill", decode, controls.depends_on_rows, _many_rows),
+    Check("mask type", mask_type, controls.depends_on_mask),
+    Check("repeated key heads", repeated_heads, controls.depends_on_key_heads, lambda case: case.heads > case.kv_heads),
+    Check("head slices", head_slices, controls.depends_on_heads, lambda case: case.kv_heads > 1),
+    Check("strides", strides, controls.depends_on_strides),
+    Check("layout", layout, controls.depends_on_layout, keyword="layout"),
+    Check("repeated runs", repeated_runs, controls.depends_on_runs),
+    Check("unseen keys", unseen_keys, controls.depends_on_last_key, lambda c: c.mask == "causal" and c.len_q > 1),
+    Check("other rows", other_rows, controls.depends_on_garbage, _many_rows),
+    Check("num_splits", split_hint, controls.depends_on_splits, keyword="num_splits"),
+    Check("given output", given_output, controls.leaves_a_row_unwritten, keyword="out"),
+)

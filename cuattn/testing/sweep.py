@@ -1,0 +1,97 @@
+"""The sweep: every check on every case, and once the negative control of every check."""
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from cuattn.testing.arrays import Library, NumpyLibrary
+from cuattn.testing.bitwise import BitwiseMismatch
+from cuattn.testing.controls import CUTS, FIRST_CUT
+from cuattn.testing.inputs import Case
+from cuattn.testing.invariance import CHECKS, Check
+from cuattn.testing.subject import Operation, Subject, accepts
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A check to be run on a case; as a control, it must find the check's negative control out."""
+
+    check: Check
+    case: Case
+    control: bool = False
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """passed: the bits agree, or, for a control, they do not; detail: the first mismatch or the error."""
+
+    trial: Trial
+    passed: bool
+    detail: str
+    seconds: float
+
+
+def plan_sweep(op: Operation, cases: Iterable[Case], checks: Sequence[Check] = CHECKS) -> list[Trial]:
+    """The trials of a sweep: all checks that mean something for a case and that ``op`` has the keyword for.
+
+    The control of a check comes right after the check's first case with keys enough for a control to act.
+    """
+    trials: list[Trial] = []
+    controlled: set[str] = set()
+    usable = [check for check in checks if check.keyword is None or accepts(op, check.keyword)]
+    for case in cases:
+        for check in usable:
+            if not check.applies(case):
+                continue
+            trials.append(Trial(check, case))
+            if check.name not in controlled and case.len_k >= FIRST_CUT + 2 * CUTS and case.len_q > 1:
+                trials.append(Trial(check, case, control=True))
+                controlled.add(check.name)
+    return trials
+
+
+def run_sweep(op: Operation, trials: Iterable[Trial], library: Library | None = None) -> Iterator[TrialResult]:
+    """Run the trials in order and yield each result when it is there; no exception of ``op`` ends the sweep.
+
+    ``library`` makes the arrays (default: NumPy). The plain result of a case is computed once for trials in a row.
+    """
+    library = library or NumpyLibrary()
+    subject: Subject | None = None
+    for trial in trials:
+        start = time.perf_counter()
+        if subject is None or subject.case != trial.case:
+            subject = Subject(op, library, trial.case)
+        examined = Subject(trial.check.control(op), library, trial.case) if trial.control else subject
+        passed, detail = _outcome(trial, examined)
+        yield TrialResult(trial, passed, detail, time.perf_counter() - start)
+
+
+def _outcome(trial: Trial, subject: Subject) -> tuple[bool, str]:
+    try:
+        trial.check.run(subject)
+    except BitwiseMismatch as mismatch:
+        return trial.control, str(mismatch)
+    except Exception as error:  # the sweep goes on, and shows it
+        return False, f"{type(error).__name__}: {error}"
+    return not trial.control, "a non-invariant operation passed" if trial.control else ""
+
+
+def invariance_sweep(
+    op: Operation, cases: Iterable[Case], library: Library | None = None, checks: Sequence[Check] = CHECKS
+) -> Iterator[TrialResult]:
+    """Plan and run: results one by one for ``op(q, k, v, mask, scale=..., return_lse=True) -> (out, lse)``.
+
+    q is (B, Hq, Lq, D), k and v are (B, Hkv, Lk, D), mask is "full" or "causal" (bottom-right aligned), LSE is fp32
+    (B, Hq, Lq). Keywords layout, num_splits and out are checked where the operation has them.
+    """
+    return run_sweep(op, plan_sweep(op, cases, checks), library)
+
+
+def assert_invariant(
+    op: Operation, cases: Iterable[Case], library: Library | None = None, checks: Sequence[Check] = CHECKS
+) -> None:
+    """Raises AssertionError with every failed trial of the sweep, the controls included."""
+    failed = [result for result in invariance_sweep(op, cases, library, checks) if not result.passed]
+    if failed:
+        lines = (f"{r.trial.check.name}{' (control)' * r.trial.control}, {r.trial.case}: {r.detail}" for r in failed)
+        raise AssertionError(f"{len(failed)} trials failed:\n" + "\n".join(lines))

@@ -1,0 +1,56 @@
+// From the accumulated output to what the caller gets: O / l rounded once to the output type, and the LSE.
+#pragma once
+
+#include <attn/softmax.cuh>
+#include <attn/tile.cuh>
+#include <common/logarithm.cuh>
+#include <common/types.cuh>
+#include <ptx/math.cuh>
+#include <ptx/memory.cuh>
+
+namespace cuattn {
+
+// +0 where a row saw no key (its sum is 0).
+__device__ __forceinline__ float reciprocal_or_zero(float sum) { return sum == 0.0f ? 0.0f : __frcp_rn(sum); }
+
+// Natural logarithm of the sum of e^(scale * score) over the row's visible keys; -inf where there is none.
+__device__ __forceinline__ float log_sum_exp(float reference, float sum) {
+    return sum == 0.0f ? -infinity : __fmaf_rn(reference, ln2, natural_log(sum));
+}
+
+// Writes a warp's 16 rows. out[b][c]: column 8 b + 2 (lane % 4) + c % 2 of row lane / 4 + 8 (c / 2). `scratch`: 16 rows
+// of the warp's own shared memory, through which rows are regrouped into 16-byte stores. `row_out` and `row_lse` point
+// at the warp's first row, of which the first `valid` exist.
+template <int head_dim, bool bfloat16>
+__device__ __forceinline__ void store_rows(const float (&out)[head_dim / 8][4], const RowStatistics& rows, u32 scratch,
+                                           u16* row_out, i64 stride, float* row_lse, int valid) {
+    using Rows = Tile<head_dim>;
+    const int lane = threadIdx.x & 31;
+    __syncwarp();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int row = lane / 4 + 8 * half;
+        const float scale = reciprocal_or_zero(rows.sum[half]);
+#pragma unroll
+        for (int b = 0; b < head_dim / 8; ++b) {
+            // adding +0 turns -0 into +0 and changes nothing else
+            const float low = __fadd_rn(__fmul_rn(out[b][2 * half], scale), 0.0f);
+            const float high = __fadd_rn(__fmul_rn(out[b][2 * half + 1], scale), 0.0f);
+            ptx::store_shared_u32(scratch + Rows::offset(row, b) + 4 * (lane & 3), ptx::pack_16bit<bfloat16>(low, high));
+        }
+        if ((lane & 3) == 0 && row < valid) {
+            ptx::store_global_f32(row_lse + row, log_sum_exp(rows.reference[half], rows.sum[half]));
+        }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 16 * Rows::units / 32; ++i) {
+        const int row = (i * 32 + lane) / Rows::units, unit = (i * 32 + lane) % Rows::units;
+        if (row < valid) {
+            ptx::store_global_u32x4(row_out + row * stride + unit * 8,
+                                    ptx::load_shared_u32x4(scratch + Rows::offset(row, unit)));
+        }
+    }
+}
+
+}  // namespace cuattn

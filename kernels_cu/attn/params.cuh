@@ -1,0 +1,27 @@
+// The argument of a forward kernel; cuattn/params.py mirrors it field by field.
+#pragma once
+
+#include <common/types.cuh>
+
+namespace cuattn {
+
+// Distances in elements; the last dimension is contiguous.
+struct Strides {
+    i64 batch, head, token;
+};
+
+struct ForwardParams {
+    const u16* query;  // (batch, query_heads, query_length, head_dim)
+    const u16* key;    // (batch, query_heads / group, key_length, head_dim)
+    const u16* value;  // as key
+    u16* out;          // as query
+    float* lse;        // (batch, query_heads, query_length), contiguous
+    Strides query_strides, key_strides, value_strides, out_strides;
+    int query_heads, group;  // group: query heads that share one key head
+    int query_length, key_length;
+    int query_tiles;     // blocks along one sequence; blocks run (batch, head, tile), tile fastest
+    float factor;        // |scale| log2(e): weights are 2^(factor * score - reference)
+    int negate_scores;  // a negative scale: scores change their sign first
+};
+
+}  // namespace cuattn

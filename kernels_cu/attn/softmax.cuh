@@ -1,0 +1,77 @@
+// Online softmax of one lane's two rows (g and g + 8 of its warp's 16) in the contract's order: docs/numerics.md.
+#pragma once
+
+#include <common/logarithm.cuh>
+#include <common/types.cuh>
+#include <ptx/math.cuh>
+
+namespace cuattn {
+
+constexpr u32 all_lanes = 0xffffffffu;
+constexpr float no_reference = -3.40282347e38f;  // "no key seen yet": finite, so that no inf - inf can appear
+
+// Reference (the running maximum times the factor) and sum of weights of the lane's two rows.
+// Inside a chunk `sum` holds this lane's columns alone; quad_sum completes it.
+struct RowStatistics {
+    float reference[2], sum[2];
+
+    __device__ __forceinline__ void reset() {
+        reference[0] = reference[1] = no_reference;
+        sum[0] = sum[1] = 0.0f;
+    }
+};
+
+// Sum over the four lanes of a row: lane pairs (0, 1) and (2, 3), then the two pairs.
+__device__ __forceinline__ float quad_sum(float x) {
+    x = __fadd_rn(x, __shfl_xor_sync(all_lanes, x, 1));
+    return __fadd_rn(x, __shfl_xor_sync(all_lanes, x, 2));
+}
+
+__device__ __forceinline__ float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(all_lanes, x, 1));
+    return fmaxf(x, __shfl_xor_sync(all_lanes, x, 2));
+}
+
+// Scores of columns from `visible[row]` on (counted from the tile's first key) become -inf. Column of score[b][c]: 8 b + 2 (lane % 4) + c % 2.
+template <int blocks>
+__device__ __forceinline__ void mask_scores(float (&score)[blocks][4], const int (&visible)[2]) {
+    const int column = 2 * (threadIdx.x & 3);
+#pragma unroll
+    for (int b = 0; b < blocks; ++b) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            if (8 * b + column + (c & 1) >= visible[c >> 1]) score[b][c] = -infinity;
+        }
+    }
+}
+
+// Turns scores into weights 2^(factor * score - reference) under the new reference, adds them to the lane's sums in
+// ascending column order, and returns in `rescale` what everything accumulated under the old reference must be
+// multiplied with.
+template <int blocks>
+__device__ __forceinline__ void softmax_tile(float (&score)[blocks][4], RowStatistics& rows, float factor,
+                                             float (&rescale)[2]) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+        float largest = -infinity;
+#pragma unroll
+        for (int b = 0; b < blocks; ++b) {
+            largest = fmaxf(largest, fmaxf(score[b][2 * row], score[b][2 * row + 1]));
+        }
+        const float reference = fmaxf(rows.reference[row], __fmul_rn(quad_max(largest), factor));
+        rescale[row] = ptx::exp2_approx(__fsub_rn(rows.reference[row], reference));
+        rows.reference[row] = reference;
+        float sum = __fmul_rn(rows.sum[row], rescale[row]);
+#pragma unroll
+        for (int b = 0; b < blocks; ++b) {
+#pragma unroll
+            for (int c = 2 * row; c < 2 * row + 2; ++c) {
+                score[b][c] = ptx::exp2_approx(__fmaf_rn(score[b][c], factor, -reference));
+                sum = __fadd_rn(sum, score[b][c]);
+            }
+        }
+        rows.sum[row] = sum;
+    }
+}
+
+}  // namespace cuattn

@@ -1,0 +1,199 @@
+// Forward attention for sm_80 and newer: mma.sync, ldmatrix, cp.async. The including unit defines namespace
+// cuattn::config with the constants of one KernelConfig (cuattn/jit/unit.py).
+//
+// One block computes query_tile rows of one head, 16 rows a warp. Key and value tiles of key_tile tokens pass through a
+// ring in shared memory in the order K0 V0 K1 V1 ...: a step of the block is one tile. The second half of the warps runs
+// one step behind the first, so that one half's exponentials overlap the other half's matrix products. What a row
+// computes, and in which order, depends on absolute key positions alone (docs/numerics.md).
+#pragma once
+
+#include <attn/chunks.cuh>
+#include <attn/epilogue.cuh>
+#include <attn/params.cuh>
+#include <attn/softmax.cuh>
+#include <attn/tile.cuh>
+#include <common/types.cuh>
+#include <ptx/cp_async.cuh>
+#include <ptx/ldmatrix.cuh>
+#include <ptx/memory.cuh>
+#include <ptx/mma.cuh>
+
+namespace cuattn {
+
+using config::head_dim, config::key_tile, config::query_tile, config::ring_slots, config::warps;
+
+constexpr int threads = warps * 32;
+constexpr int lag = ring_slots > 2 ? 1 : 0;  // steps between the two halves of the warps
+constexpr int lookahead = ring_slots - 1 - lag;
+
+static_assert(query_tile == warps * 16);
+static_assert(head_dim % 16 == 0 && key_tile % 16 == 0, "products run over aligned groups of 16");
+static_assert(config::chunk_length(0) % key_tile == 0, "a chunk is a whole number of tiles");
+
+using KeyTile = Tile<head_dim>;
+using Merged = MergedChunks<head_dim / 8>;
+
+struct SharedMemory {
+    alignas(1024) u16 ring[ring_slots][key_tile * head_dim];
+    // of each warp: first its query rows, then its merged chunks, then its rows on their way out
+    alignas(1024) unsigned char rows[warps][Merged::bytes_per_warp];
+};
+static_assert(sizeof(SharedMemory) == config::shared_bytes);
+static_assert(Merged::bytes_per_warp >= 16 * head_dim * 2, "query rows fit where merged chunks go");
+
+// Scores of 16 queries and key_tile keys, groups of 16 columns of head_dim ascending.
+__device__ __forceinline__ void multiply_keys(float (&score)[key_tile / 8][4], const u32 (&query)[head_dim / 16][4],
+                                              u32 keys) {
+    const int lane = threadIdx.x & 31;
+    const int row = (lane & 7) + (lane >> 4) * 8, unit = (lane >> 3) & 1;
+#pragma unroll
+    for (int b = 0; b < key_tile / 8; ++b) score[b][0] = score[b][1] = score[b][2] = score[b][3] = 0.0f;
+#pragma unroll
+    for (int k = 0; k < head_dim / 16; ++k) {
+#pragma unroll
+        for (int b = 0; b < key_tile / 8; b += 2) {
+            u32 key[4];
+            ptx::ldmatrix_x4(key, keys + KeyTile::offset(row + 8 * b, unit + 2 * k));
+            ptx::mma_m16n8k16<config::bfloat16>(score[b], query[k], key[0], key[1]);
+            ptx::mma_m16n8k16<config::bfloat16>(score[b + 1], query[k], key[2], key[3]);
+        }
+    }
+}
+
+// out += weights (rounded to the input type) * values, groups of 16 keys ascending.
+__device__ __forceinline__ void multiply_values(float (&out)[head_dim / 8][4], const float (&weight)[key_tile / 8][4],
+                                                u32 values) {
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int k = 0; k < key_tile / 16; ++k) {
+        u32 w[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float* pair = &weight[2 * k + i / 2][2 * (i & 1)];
+            w[i] = ptx::pack_16bit<config::bfloat16>(pair[0], pair[1]);
+        }
+#pragma unroll
+        for (int b = 0; b < head_dim / 8; b += 2) {
+            u32 value[4];
+            ptx::ldmatrix_x4_trans(value, values + KeyTile::offset(16 * k + (lane & 15), b + (lane >> 4)));
+            ptx::mma_m16n8k16<config::bfloat16>(out[b], w, value[0], value[1]);
+            ptx::mma_m16n8k16<config::bfloat16>(out[b + 1], w, value[2], value[3]);
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(threads, 1) forward_sm80(const __grid_constant__ ForwardParams params) {
+    SharedMemory& shared = *static_cast<SharedMemory*>(ptx::dynamic_shared());
+    const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+
+    // Longest causal rows first: the block scheduler fills the tail with short ones.
+    const int tile_index = params.query_tiles - 1 - static_cast<int>(blockIdx.x % params.query_tiles);
+    const int head = static_cast<int>(blockIdx.x / params.query_tiles % params.query_heads);
+    const i64 batch = blockIdx.x / params.query_tiles / params.query_heads;
+    const int first_row = tile_index * query_tile, warp_row = first_row + warp * 16;  // of the block, of the warp
+
+    // Keys that the query at `row` sees: always a prefix.
+    const auto visible_keys = [&](int row) {
+        if (!config::causal) return params.key_length;
+        return max(0, min(params.key_length, params.key_length - params.query_length + row + 1));
+    };
+    const auto tiles_for = [&](int keys) { return (keys + key_tile - 1) / key_tile; };
+    const int block_tiles = tiles_for(visible_keys(min(first_row + query_tile, params.query_length) - 1));
+    const int warp_tiles =
+        warp_row < params.query_length ? tiles_for(visible_keys(min(warp_row + 16, params.query_length) - 1)) : 0;
+
+    const u16* const keys = params.key + batch * params.key_strides.batch + head / params.group * params.key_strides.head;
+    const u16* const values =
+        params.value + batch * params.value_strides.batch + head / params.group * params.value_strides.head;
+    const auto ring_slot = [&](int step) { return ptx::shared_address(shared.ring[step % ring_slots]); };
+    // Step 2 j loads key tile j, step 2 j + 1 value tile j; one group of copies a step, empty behind the end.
+    const auto load = [&](int step) {
+        if (step < 2 * block_tiles) {
+            const int first_key = step / 2 * key_tile;
+            const i64 stride = step % 2 == 0 ? params.key_strides.token : params.value_strides.token;
+            KeyTile::load<key_tile, threads>(ring_slot(step), (step % 2 == 0 ? keys : values) + first_key * stride, stride,
+                                             params.key_length - first_key, threadIdx.x);
+        }
+        ptx::cp_async_commit();
+    };
+
+    const u32 warp_memory = ptx::shared_address(shared.rows[warp]);
+    KeyTile::load<16, 32>(warp_memory,
+                          params.query + batch * params.query_strides.batch + head * params.query_strides.head +
+                              warp_row * params.query_strides.token,
+                          params.query_strides.token, params.query_length - warp_row, lane);
+    ptx::cp_async_commit();
+    for (int step = 0; step < lookahead; ++step) load(step);
+
+    u32 query[head_dim / 16][4];
+    ptx::cp_async_wait<lookahead>();
+    __syncwarp();
+#pragma unroll
+    for (int k = 0; k < head_dim / 16; ++k) {
+        ptx::ldmatrix_x4(query[k], warp_memory + KeyTile::offset(lane & 15, 2 * k + (lane >> 4)));
+    }
+
+    Merged merged(warp_memory);
+    RowStatistics rows;
+    rows.reset();
+    float score[key_tile / 8][4], out[head_dim / 8][4];
+#pragma unroll
+    for (int b = 0; b < head_dim / 8; ++b) out[b][0] = out[b][1] = out[b][2] = out[b][3] = 0.0f;
+    int chunk_end = config::chunk_length(0);
+
+    const int warp_lag = warp < warps / 2 ? 0 : lag;
+#pragma unroll 1
+    for (int block_step = 0; block_step < 2 * block_tiles + lag; ++block_step) {
+        ptx::cp_async_wait<lookahead - 1>();
+        __syncthreads();  // this step's tile is there for all; the slot that is loaded next has been read by all
+        load(block_step + lookahead);
+
+        const int step = block_step - warp_lag, tile = step / 2, first_key = tile * key_tile;
+        if (step < 0 || tile >= warp_tiles) continue;
+        if (step % 2 == 0) {
+            multiply_keys(score, query, ring_slot(step));
+            continue;
+        }
+
+        if (params.negate_scores) {
+#pragma unroll
+            for (int b = 0; b < key_tile / 8; ++b) {
+#pragma unroll
+                for (int c = 0; c < 4; ++c) score[b][c] = -score[b][c];
+            }
+        }
+        if (first_key + key_tile > visible_keys(warp_row)) {
+            const int row = warp_row + lane / 4;
+            mask_scores(score, {visible_keys(row) - first_key, visible_keys(row + 8) - first_key});
+        }
+        float rescale[2];
+        softmax_tile(score, rows, params.factor, rescale);
+        // Skipped only where it would multiply by exactly 1.
+        if (__any_sync(all_lanes, rescale[0] != 1.0f || rescale[1] != 1.0f)) {
+#pragma unroll
+            for (int b = 0; b < head_dim / 8; ++b) {
+#pragma unroll
+                for (int c = 0; c < 4; ++c) out[b][c] = __fmul_rn(out[b][c], rescale[c / 2]);
+            }
+        }
+        multiply_values(out, score, ring_slot(step));
+
+        if (first_key + key_tile == chunk_end && tile + 1 < warp_tiles) {
+            merged.fold(out, rows);
+            rows.reset();
+#pragma unroll
+            for (int b = 0; b < head_dim / 8; ++b) out[b][0] = out[b][1] = out[b][2] = out[b][3] = 0.0f;
+            chunk_end += config::chunk_length(chunk_end);
+        }
+    }
+
+    const RowStatistics& total = merged.finish(out, rows);
+    const i64 row_offset = (batch * params.query_heads + head) * params.query_length + warp_row;
+    store_rows<head_dim, config::bfloat16>(
+        out, total, warp_memory,
+        params.out + batch * params.out_strides.batch + head * params.out_strides.head +
+            warp_row * params.out_strides.token,
+        params.out_strides.token, params.lse + row_offset, params.query_length - warp_row);
+}
+
+}  // namespace cuattn

@@ -1,0 +1,53 @@
+// Ordinary loads and stores. PTX ISA: "ld", "st", "cvta". Every access of a kernel to memory goes through a wrapper, so
+// that the emulator can check it.
+#pragma once
+
+#include <common/types.cuh>
+
+namespace cuattn::ptx {
+
+// The block's dynamic shared memory.
+__device__ __forceinline__ void* dynamic_shared() {
+    extern __shared__ __align__(1024) unsigned char bytes[];
+    return bytes;
+}
+
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+    return static_cast<u32>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ __forceinline__ float4 load_shared_f32x4(u32 from) {
+    float4 x;
+    asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(from)
+                 : "memory");
+    return x;
+}
+
+__device__ __forceinline__ void store_shared_f32x4(u32 to, float4 x) {
+    asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(to), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w) : "memory");
+}
+
+__device__ __forceinline__ uint4 load_shared_u32x4(u32 from) {
+    uint4 x;
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(from)
+                 : "memory");
+    return x;
+}
+
+__device__ __forceinline__ void store_shared_u32(u32 to, u32 x) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(x) : "memory");
+}
+
+__device__ __forceinline__ void store_global_u32x4(void* to, uint4 x) {
+    asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+
+__device__ __forceinline__ void store_global_f32(float* to, float x) {
+    asm volatile("st.global.f32 [%0], %1;" ::"l"(to), "f"(x) : "memory");
+}
+
+}  // namespace cuattn::ptx

@@ -1,0 +1,48 @@
+"""What every test session shares: a kernel cache of its own, and the rule for tests that need a GPU."""
+
+import os
+import shutil
+import tempfile
+
+import pytest
+
+from cuattn import env
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One empty cache folder a session: nothing stale is used, and each kernel is compiled once for all workers."""
+    if hasattr(config, "workerinput"):
+        return  # a pytest-xdist worker has inherited the folder from the process that started it
+    folder = tempfile.mkdtemp(prefix="cuattn-tests-")
+    before = os.environ.get(env.CACHE_DIR)
+    os.environ[env.CACHE_DIR] = folder
+
+    def restore() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        if before is None:
+            os.environ.pop(env.CACHE_DIR, None)
+        else:
+            os.environ[env.CACHE_DIR] = before
+
+    config.add_cleanup(restore)
+
+
+def why_no_gpu() -> str | None:
+    """None where CuPy can use a CUDA device, else the reason."""
+    try:
+        import cupy
+    except ImportError as error:
+        return f"needs a CUDA device: {error}"
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"needs a CUDA device: {error}"
+    return None if count else "needs a CUDA device: the driver lists none"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    reason = why_no_gpu() if gpu_items else None
+    if reason:
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason=reason))

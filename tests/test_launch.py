@@ -1,0 +1,77 @@
+"""Launching on a device, and what is known without one."""
+
+import ctypes
+import sys
+from pathlib import Path
+
+import pytest
+
+from cuattn import devices, env, launch
+from cuattn.config import select_config
+
+KERNEL = """struct Params { int* out; int value; char padding[84]; int last; };
+extern "C" __global__ void forward_sm80(const Params params) {
+    extern __shared__ int shared[];
+    shared[cuattn::config::shared_bytes / 4 - 1 - threadIdx.x] = params.value + params.last;
+    __syncthreads();
+    const int index = blockIdx.x * blockDim.x + threadIdx.x;
+    params.out[index] += shared[cuattn::config::shared_bytes / 4 - 1 - threadIdx.x] + index;
+}
+"""
+
+
+class Params(ctypes.Structure):
+    """An argument of a size that is no power of two, with something at its end."""
+
+    _fields_ = (
+        ("out", ctypes.c_void_p),
+        ("value", ctypes.c_int),
+        ("padding", ctypes.c_char * 84),
+        ("last", ctypes.c_int),
+    )
+
+
+def test_without_cupy_there_is_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    assert devices.device_count.__wrapped__() == 0
+
+
+def test_no_blocks_need_no_device() -> None:
+    launch.launch_kernel(select_config(64, "full", "float16", "sm_80"), 0, 0, Params(), 0, 0)
+
+
+@pytest.mark.gpu
+def test_launches_run_on_the_stream_they_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The legacy default stream, a stream of its own, and a captured graph; more than 48 KB of shared memory."""
+    import cupy
+
+    (tmp_path / "forward_sm80.cuh").write_text(KERNEL)
+    monkeypatch.setenv(env.KERNEL_DIR, str(tmp_path))
+    monkeypatch.setattr(launch, "_load", launch.functools.cache(launch._load.__wrapped__))
+    config = select_config(128, "full", "float16", launch.device_architecture(0))
+    grid, size = 3, 3 * config.warps * 32
+    with cupy.cuda.Device(0):
+        out = cupy.zeros(size, cupy.int32)
+        cupy.cuda.Device(0).synchronize()
+        params = Params(out.data.ptr, 1000, b"", 7)
+
+        def run(stream: int) -> None:
+            launch.launch_kernel(config, grid, config.shared_bytes, params, 0, stream)
+
+        run(0)
+        cupy.cuda.Device(0).synchronize()
+        once = cupy.arange(size, dtype=cupy.int32) + 1007
+        assert (out == once).all()
+
+        stream = cupy.cuda.Stream(non_blocking=True)
+        stream.begin_capture()
+        run(stream.ptr)
+        run(stream.ptr)
+        graph = stream.end_capture()
+        cupy.cuda.Device(0).synchronize()
+        assert (out == once).all(), "capturing does not run"
+        graph.launch(stream)
+        run(stream.ptr)
+        stream.synchronize()
+        assert (out == 4 * once).all()
+        assert cupy.cuda.get_current_stream().ptr != stream.ptr

@@ -1,0 +1,101 @@
+"""Rules of the source tree that a machine can check; CONTRIBUTING.md gives the reasons."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = ROOT / "kernels_cu"
+TWINS = ROOT / "cuattn" / "emulator" / "include"
+OPTIONAL = {"cupy", "jax", "ml_dtypes", "rich", "torch"}
+ASM = re.compile(r"\b(__)?asm(__)?\b")
+CONDITIONAL = re.compile(r"^\s*#\s*(if|ifdef|ifndef|elif|else)\b", re.MULTILINE)
+
+
+def without_comments(source: str) -> str:
+    return re.sub(r"//[^\n]*|/\*.*?\*/", "", source, flags=re.DOTALL)
+
+
+def files_with(pattern: re.Pattern[str]) -> set[str]:
+    """Kernel files whose code matches, relative to kernels_cu."""
+    return {
+        file.relative_to(KERNELS).as_posix()
+        for file in KERNELS.rglob("*.cuh")
+        if pattern.search(without_comments(file.read_text(encoding="utf-8")))
+    }
+
+
+def imports_at_load(tree: ast.AST) -> Iterator[str]:
+    """Top-level packages that a module imports when it is loaded: all but those inside functions."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield (node.module or "").split(".")[0]
+        elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            continue
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from imports_at_load(node)
+
+
+def lines_allowed(file: Path) -> int:
+    """A kernel (a file at the top of kernels_cu) and a Python module: 400 lines; a header: 200."""
+    return 400 if file.suffix == ".py" or file.parent == KERNELS else 200
+
+
+def test_inline_asm_stands_only_in_the_wrappers() -> None:
+    found = files_with(ASM)
+    assert found, "the search for asm finds nothing at all"
+    assert {name for name in found if not name.startswith("ptx/")} == set()
+
+
+def test_every_wrapper_file_has_a_twin() -> None:
+    wrappers = {file.name for file in (KERNELS / "ptx").iterdir()}
+    assert wrappers
+    assert wrappers - {file.name for file in (TWINS / "ptx").iterdir()} == set()
+
+
+def test_kernels_have_no_conditional_compilation() -> None:
+    assert CONDITIONAL.search("#pragma once\n#  ifdef X\n#endif")
+    assert files_with(CONDITIONAL) == set()
+
+
+def test_files_are_short() -> None:
+    sources = [
+        file
+        for folder in ("cuattn", "kernels_cu", "tests", "bench")
+        for suffix in ("py", "cuh", "h", "hpp", "cpp")
+        for file in (ROOT / folder).rglob(f"*.{suffix}")
+    ]
+    lengths = {file: len(file.read_text(encoding="utf-8").splitlines()) for file in sources}
+    long = {str(file.relative_to(ROOT)): n for file, n in lengths.items() if n > lines_allowed(file)}
+    assert long == {}
+
+
+def test_optional_packages_are_imported_late() -> None:
+    assert list(imports_at_load(ast.parse("try:\n import torch.cuda\nexcept ImportError: pass"))) == ["torch"]
+    assert list(imports_at_load(ast.parse("def f():\n import torch"))) == []
+    early = {
+        str(file.relative_to(ROOT)): found
+        for file in (ROOT / "cuattn").rglob("*.py")
+        if (found := OPTIONAL & set(imports_at_load(ast.parse(file.read_text(encoding="utf-8")))))
+    }
+    assert early == {}
+
+
+def test_torch_is_imported_only_where_arrays_are_converted_or_tested() -> None:
+    users = {
+        file.relative_to(ROOT / "cuattn").parts[0]
+        for file in (ROOT / "cuattn").rglob("*.py")
+        if re.search(r"^\s*(import torch|from torch)\b", file.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert users <= {"interop", "testing"}
+
+
+def test_import_loads_no_optional_package() -> None:
+    program = f"import sys, cuattn; print(sorted({OPTIONAL!r} & set(sys.modules)))"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert loaded == "[]\n"
