@@ -7,6 +7,8 @@ from typing import Any, Protocol, TextIO, TypeVar
 
 T = TypeVar("T")
 
+PAGE_WIDTH = 120
+
 
 @dataclass(frozen=True)
 class Table:
@@ -44,8 +46,9 @@ class PlainReporter:
 
     def table(self, table: Table) -> None:
         widths = [max(map(len, column)) for column in zip(table.columns, *table.rows, strict=True)]
+        head = (table.columns, ["-" * width for width in widths]) if any(table.columns) else ()
         self.line(table.title)
-        for cells in (table.columns, ["-" * width for width in widths], *table.rows):
+        for cells in (*head, *table.rows):
             self.line("  " + "  ".join(map(str.ljust, cells, widths)).rstrip())
 
     def track(self, items: Iterable[T], total: int, label: str) -> Iterator[T]:
@@ -64,7 +67,8 @@ class RichReporter:
     def __init__(self, stream: TextIO) -> None:
         from rich.console import Console
 
-        self.console = Console(file=stream, highlight=False)
+        # A file has no width: its lines shall not be folded at that of a terminal.
+        self.console = Console(file=stream, highlight=False, width=None if stream.isatty() else PAGE_WIDTH)
 
     def line(self, text: str = "", good: bool | None = None) -> None:
         self.console.print(text, style=_style(good), markup=False, soft_wrap=True)
@@ -73,7 +77,8 @@ class RichReporter:
         import rich.box
         from rich.table import Table as RichTable
 
-        drawn = RichTable(title=table.title, title_justify="left", box=rich.box.SIMPLE_HEAD)
+        drawn = RichTable(title=table.title, title_justify="left", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        drawn.show_header = any(table.columns)
         for column in table.columns:
             drawn.add_column(column, overflow="fold")
         for index, row in enumerate(table.rows):

@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cuattn.reference.gold import gold_attention, visible_keys
-from cuattn.testing.arrays import Bits, Library, NumpyLibrary, raw_bits, round_to_bits, values_of
-from cuattn.testing.inputs import Case, Inputs, make_inputs
+from cuattn.testing.arrays import Library, NumpyLibrary, round_to_bits, values_of
+from cuattn.testing.inputs import Case, Inputs
+from cuattn.testing.subject import INSURMOUNTABLE, Operation, Result, Subject
 
 ERROR_RATIO = 1.1
 LSE_UNITS = 4
@@ -75,13 +76,16 @@ class Accuracy:
         return self.error / self.peer_error if self.peer_error > 0 else float(self.error > 0)
 
 
-def judge(case: Case, inputs: Inputs, out: Bits, lse: Bits) -> Accuracy:
-    """Errors of raw output bits (B, Hq, Lq, D) of the case's dtype and raw LSE bits (B, Hq, Lq) of fp32."""
+def judge(case: Case, inputs: Inputs, result: Result) -> Accuracy:
+    """The errors of a result on the case's inputs."""
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
     q, k, v = (values_of(bits, case.dtype).astype(np.float64) for bits in (inputs.q, inputs.k, inputs.v))
     gold, gold_lse = gold_attention(q, k, v, case.mask, scale)
     peer = peer_attention(inputs, case.dtype, case.mask, scale)
-    values, logs = values_of(out, case.dtype).astype(np.float64), values_of(lse, "float32").astype(np.float64)
+    values, logs = (
+        values_of(result.out, case.dtype).astype(np.float64),
+        values_of(result.lse, "float32").astype(np.float64),
+    )
 
     epsilon = _EPSILON[case.dtype]
     error, peer_error = relative_error(values, gold), relative_error(peer, gold)
@@ -102,25 +106,30 @@ def judge(case: Case, inputs: Inputs, out: Bits, lse: Bits) -> Accuracy:
         failures.append(f"an element's error is {worst_element:.3g} times what is allowed")
     if not lse_error <= lse_allowed:
         failures.append(f"LSE error {lse_error:.3g}, allowed {lse_allowed:.3g}")
-    if not (np.all(logs[~seen] == -np.inf) and not np.any(out[~seen])):
+    if not (np.all(logs[~seen] == -np.inf) and not np.any(result.out[~seen])):
         failures.append("a row that sees no key is not +0 with LSE -inf")
     return Accuracy(case, error, peer_error, worst_element, lse_error, lse_allowed, tuple(failures))
 
 
-def measure_accuracy(op: Any, cases: Iterable[Case], library: Library | None = None) -> Iterator[Accuracy]:
+def measure_accuracy(op: Operation, cases: Iterable[Case], library: Library | None = None) -> Iterator[Accuracy]:
     """Run ``op(q, k, v, mask, scale=..., return_lse=True) -> (out, lse)`` on each case and judge it, one by one.
 
-    ``library`` makes the arrays (default: NumPy).
+    ``library`` makes the arrays (default: NumPy). An exception of ``op`` is a failed case; only a missing package and
+    a kernel that does not compile end the run.
     """
     library = library or NumpyLibrary()
     for case in cases:
-        inputs = make_inputs(case)
-        q, k, v = (library.array(bits, case.dtype) for bits in (inputs.q, inputs.k, inputs.v))
-        out, lse = op(q, k, v, case.mask, scale=case.scale, return_lse=True)
-        yield judge(case, inputs, raw_bits(out)[0], raw_bits(lse)[0])
+        subject = Subject(op, library, case)
+        try:
+            yield judge(case, subject.inputs, subject.baseline)
+        except INSURMOUNTABLE:
+            raise
+        except Exception as error:
+            nan = float("nan")
+            yield Accuracy(case, nan, nan, nan, nan, nan, (f"{type(error).__name__}: {error}",))
 
 
-def assert_accurate(op: Any, case: Case, library: Library | None = None) -> None:
+def assert_accurate(op: Operation, case: Case, library: Library | None = None) -> None:
     """Raises AssertionError, naming each broken rule, unless ``op`` is accurate on the case."""
     (result,) = measure_accuracy(op, [case], library)
     if not result.passed:

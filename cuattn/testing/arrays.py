@@ -83,7 +83,7 @@ class Library(Protocol):
         """A new C-contiguous array of these bits."""
 
 
-def _installed(package: str) -> bool:
+def installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
@@ -93,7 +93,7 @@ class NumpyLibrary:
     device: str = "cpu"
 
     def dtypes(self) -> tuple[str, ...]:
-        return ("float16", "bfloat16") if _installed("ml_dtypes") else ("float16",)
+        return ("float16", "bfloat16") if installed("ml_dtypes") else ("float16",)
 
     def array(self, bits: Bits, dtype: str) -> Any:
         return np.array(bits).view(numpy_dtype(dtype))
@@ -120,7 +120,7 @@ class CupyLibrary:
     device: str = "cuda:0"
 
     def dtypes(self) -> tuple[str, ...]:
-        return ("float16", "bfloat16") if _installed("ml_dtypes") else ("float16",)
+        return ("float16", "bfloat16") if installed("ml_dtypes") else ("float16",)
 
     def array(self, bits: Bits, dtype: str) -> Any:
         import cupy

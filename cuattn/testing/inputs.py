@@ -12,6 +12,7 @@ FAMILIES = {
     "peaked 8": "queries of standard deviation 8: a softmax of few large weights",
     "peaked 16": "queries of standard deviation 16",
     "large mean": "values of mean 30: errors of the weights do not cancel",
+    "long context": "as normal, over many keys: rounding adds up",
 }
 _QUERY_STD = {"peaked 8": 8.0, "peaked 16": 16.0}
 _VALUE_MEAN = {"large mean": 30.0}

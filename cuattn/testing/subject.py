@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from cuattn.errors import CompileError, MissingDependencyError
 from cuattn.testing.arrays import Bits, Library, poison, raw_bits
 from cuattn.testing.bitwise import assert_same_bits
 from cuattn.testing.inputs import Case, Inputs, make_inputs
@@ -14,6 +15,9 @@ from cuattn.testing.inputs import Case, Inputs, make_inputs
 Operation = Callable[..., Any]
 #: Makes an array of a library from raw bits and a dtype.
 Placement = Callable[[Library, Bits, str], Any]
+
+#: Exceptions after which there is no use in trying another case.
+INSURMOUNTABLE = (CompileError, MissingDependencyError)
 
 
 def accepts(op: Operation, keyword: str) -> bool:

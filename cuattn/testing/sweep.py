@@ -9,7 +9,7 @@ from cuattn.testing.bitwise import BitwiseMismatch
 from cuattn.testing.controls import CUTS, FIRST_CUT
 from cuattn.testing.inputs import Case
 from cuattn.testing.invariance import CHECKS, Check
-from cuattn.testing.subject import Operation, Subject, accepts
+from cuattn.testing.subject import INSURMOUNTABLE, Operation, Subject, accepts
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,9 @@ def plan_sweep(op: Operation, cases: Iterable[Case], checks: Sequence[Check] = C
 
 
 def run_sweep(op: Operation, trials: Iterable[Trial], library: Library | None = None) -> Iterator[TrialResult]:
-    """Run the trials in order and yield each result when it is there; no exception of ``op`` ends the sweep.
+    """Run the trials in order and yield each result when it is there.
 
+    An exception of ``op`` is a failed trial; only a missing package and a kernel that does not compile end the sweep.
     ``library`` makes the arrays (default: NumPy). The plain result of a case is computed once for trials in a row.
     """
     library = library or NumpyLibrary()
@@ -71,6 +72,8 @@ def _outcome(trial: Trial, subject: Subject) -> tuple[bool, str]:
         trial.check.run(subject)
     except BitwiseMismatch as mismatch:
         return trial.control, str(mismatch)
+    except INSURMOUNTABLE:
+        raise
     except Exception as error:  # the sweep goes on, and shows it
         return False, f"{type(error).__name__}: {error}"
     return not trial.control, "a non-invariant operation passed" if trial.control else ""

@@ -1,0 +1,201 @@
+"""``cuattn check``: the promise and the accuracy of `cuattn.attention`, examined on this machine."""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cuattn import __version__
+from cuattn import backend as backends
+from cuattn.api import attention
+from cuattn.cli import libraries, machine
+from cuattn.cli.report import Reporter, Table, make_reporter
+from cuattn.config import ARCHITECTURES, DTYPES
+from cuattn.testing import (
+    Accuracy,
+    Library,
+    TrialResult,
+    accuracy_cases,
+    measure_accuracy,
+    plan_sweep,
+    run_sweep,
+    standard_cases,
+)
+
+#: Failures that are printed in full; the rest is counted, and all are in the JSON.
+SHOWN_FAILURES = 10
+
+
+def add_commands(commands: Any) -> None:
+    parser = commands.add_parser(
+        "check",
+        help="check on this machine that bits do not depend on the batch, and the accuracy",
+        description="Run the invariance sweep, its negative controls and the accuracy table. "
+        "Exit code 0 if all is well, 1 if not.",
+    )
+    parser.add_argument("--backend", choices=backends.NAMES, help="default: CUATTN_BACKEND, else auto: a GPU if any")
+    parser.add_argument("--arch", choices=list(ARCHITECTURES), help="what the emulator takes the part of")
+    parser.add_argument("--library", choices=libraries.NAMES, help="whose arrays to use; default: what is installed")
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller cases")
+    parser.add_argument("--json", metavar="FILE", help="also write all results as JSON; - for standard output")
+    parser.set_defaults(run=run, usage_error=parser.error)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and with what the checks run."""
+
+    backend: str
+    arch: str | None
+    library: Library
+    quick: bool
+
+    @property
+    def variants(self) -> dict[str, Any]:
+        """Which cases: the largest that the backend gets through in about a minute."""
+        held = self.library.dtypes()
+        emulated = self.backend == "emulator"
+        few = {"head_dims": (64,), "dtypes": held[:1]} if emulated and self.quick else {"dtypes": held}
+        return {"size": "tiny" if emulated else "small" if self.quick else "large", **few}
+
+
+def run(arguments: argparse.Namespace) -> int:
+    try:
+        setting = _setting(arguments)
+    except ValueError as error:
+        arguments.usage_error(str(error))
+    reporter = make_reporter(sys.stderr if arguments.json == "-" else sys.stdout)
+    library = setting.library
+    backend = " ".join(filter(None, (setting.backend, setting.arch)))
+    reporter.line(f"cuattn {__version__}: backend {backend}, {library.name} arrays on {library.device}")
+    for dtype in set(DTYPES) - set(library.dtypes()):
+        reporter.line(f"without {dtype}, which {library.name} cannot hold: pip install ml_dtypes")
+    with backends.use_backend(setting.backend, setting.arch):
+        trials = plan_sweep(attention, standard_cases(**setting.variants))
+        sweep = list(reporter.track(run_sweep(attention, trials, library), len(trials), "invariance"))
+        cases = list(accuracy_cases(**setting.variants))
+        accuracy = list(reporter.track(measure_accuracy(attention, cases, library), len(cases), "accuracy"))
+    passed = _report(reporter, sweep, accuracy)
+    if arguments.json:
+        _write_json(arguments.json, setting, sweep, accuracy, passed)
+    return 0 if passed else 1
+
+
+def _setting(arguments: argparse.Namespace) -> Setting:
+    """Raises ValueError for arguments that do not go together."""
+    active = backends.active()
+    backend = arguments.backend or active.name
+    arch = arguments.arch or (active.arch if backend == active.name else None)
+    if arch is None and backend == "emulator":
+        arch = backends.DEFAULT_EMULATED_ARCH
+    if arch is not None and backend != "emulator":
+        raise ValueError(f"--arch: got {arch} for the backend {backend}, expected it with --backend emulator alone")
+    library = libraries.choose(backend, arguments.library)
+    if backend == "auto":
+        backend = "reference" if library.device == "cpu" else "cuda"
+    return Setting(backend, arch, library, arguments.quick)
+
+
+def _report(reporter: Reporter, sweep: Sequence[TrialResult], accuracy: Sequence[Accuracy]) -> bool:
+    """Print the tables and the verdict; returns it."""
+    reporter.table(_sweep_table(sweep))
+    reporter.table(_accuracy_table(accuracy))
+    failures = [
+        f"{'negative control of ' * r.trial.control}{r.trial.check.name}, {r.trial.case}: {r.detail}"
+        for r in sweep
+        if not r.passed
+    ] + [f"accuracy, {a.case}: {'; '.join(a.failures)}" for a in accuracy if not a.passed]
+    for failure in failures[:SHOWN_FAILURES]:
+        reporter.line(failure, good=False)
+    if len(failures) > SHOWN_FAILURES:
+        reporter.line(f"and {len(failures) - SHOWN_FAILURES} more failures", good=False)
+
+    trials = [r for r in sweep if not r.trial.control]
+    checks = {r.trial.check.name for r in sweep}
+    found_out = sum(r.passed for r in sweep if r.trial.control)
+    counts = (
+        ("invariance: {} of {} trials passed", sum(r.passed for r in trials), len(trials)),
+        ("accuracy: {} of {} cases passed", sum(a.passed for a in accuracy), len(accuracy)),
+        ("negative control: {} of {} checks failed as they must", found_out, len(checks)),
+    )
+    for text, good, total in counts:
+        reporter.line(text.format(good, total), good=good == total)
+    return all(good == total for _, good, total in counts)
+
+
+def _sweep_table(sweep: Sequence[TrialResult]) -> Table:
+    rows, good = [], []
+    for name in dict.fromkeys(r.trial.check.name for r in sweep):
+        mine = [r for r in sweep if r.trial.check.name == name]
+        plain = [r for r in mine if not r.trial.control]
+        control = [r.passed for r in mine if r.trial.control]
+        passed = sum(r.passed for r in plain)
+        verdict = "not run" if not control else "failed, as it must" if all(control) else "PASSED"
+        rows.append((name, f"{passed} of {len(plain)}", verdict, f"{sum(r.seconds for r in mine):.1f}"))
+        good.append(passed == len(plain) and control == [True])
+    return Table("Invariance, raw bits", ("what varies", "passed", "negative control", "seconds"), rows, good)
+
+
+def _accuracy_table(accuracy: Sequence[Accuracy]) -> Table:
+    """A row for each dtype and family of inputs: of its cases the worst."""
+    groups: dict[tuple[str, str], list[Accuracy]] = {}
+    for result in accuracy:
+        groups.setdefault((result.case.dtype, result.case.family), []).append(result)
+    worst = [max(group, key=lambda a: (not a.passed, a.ratio)) for group in groups.values()]
+    rows = [
+        (
+            *group,
+            f"{sum(a.passed for a in groups[group])} of {len(groups[group])}",
+            f"d{a.case.head_dim} {a.case.mask}",
+            f"{a.error:.2e}",
+            f"{a.peer_error:.2e}",
+            f"{a.ratio:.2f}",
+            f"{a.worst_element:.2f}",
+            f"{a.lse_error:.0e}",
+        )
+        for group, a in zip(groups, worst, strict=True)
+    ]
+    columns = ("dtype", "inputs", "passed", "worst case", "rel-L2", "peer's", "ratio", "element", "LSE")
+    return Table("Accuracy against float64", columns, rows, [a.passed for a in worst])
+
+
+def _write_json(
+    path: str, setting: Setting, sweep: Sequence[TrialResult], accuracy: Sequence[Accuracy], passed: bool
+) -> None:
+    report = {
+        "passed": passed,
+        "versions": machine.versions(),
+        "devices": machine.devices(),
+        "backend": setting.backend,
+        "arch": setting.arch,
+        "library": setting.library.name,
+        "device": setting.library.device,
+        "invariance": [
+            {
+                "check": r.trial.check.name,
+                "case": asdict(r.trial.case),
+                "control": r.trial.control,
+                "passed": r.passed,
+                "detail": r.detail,
+                "seconds": round(r.seconds, 4),
+            }
+            for r in sweep
+        ],
+        "accuracy": [{**_finite(asdict(a)), "ratio": _finite(a.ratio), "passed": a.passed} for a in accuracy],
+    }
+    text = json.dumps(report, indent=1, allow_nan=False) + "\n"
+    if path == "-":
+        sys.stdout.write(text)
+    else:
+        Path(path).write_text(text, encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """The value with None for every float that JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
