@@ -59,9 +59,16 @@ class KernelConfig:
         return contract.key_tile(self.head_dim)
 
     @property
+    def blocks_per_multiprocessor(self) -> int:
+        """Blocks that share a multiprocessor's registers: small head dims leave room for several."""
+        if self.head_dim > 64:
+            return 1
+        return 3 if self.arch.startswith(("sm_8", "sm_9")) else 2
+
+    @property
     def warps(self) -> int:
-        """Warps per block, each with 16 query rows; fewer where shared memory is small."""
-        return 8 if ARCHITECTURES[self.arch] >= 160 * 1024 else 4
+        """Warps per block, each with 16 query rows; fewer where blocks share a multiprocessor or its memory is small."""
+        return 4 if self.blocks_per_multiprocessor > 1 or ARCHITECTURES[self.arch] < 160 * 1024 else 8
 
     @property
     def query_tile(self) -> int:
@@ -69,14 +76,23 @@ class KernelConfig:
 
     @property
     def ring_slots(self) -> int:
-        """Key or value tiles in flight: as many as fit beside the fp32 accumulator of earlier chunks, four at most."""
-        tile_bytes = self.key_tile * self.head_dim * 2
-        free = ARCHITECTURES[self.arch] - self.query_tile * self.head_dim * 4
-        return min(4, free // tile_bytes)
+        """Key or value tiles in flight: two where blocks overlap each other, else up to four."""
+        if self.blocks_per_multiprocessor > 1:
+            return 2
+        return min(4, (ARCHITECTURES[self.arch] - self._merged_bytes) // self._tile_bytes)
 
     @property
     def shared_bytes(self) -> int:
-        return self.ring_slots * self.key_tile * self.head_dim * 2 + self.query_tile * self.head_dim * 4
+        return self.ring_slots * self._tile_bytes + -(-self._merged_bytes // 1024) * 1024
+
+    @property
+    def _tile_bytes(self) -> int:
+        return self.key_tile * self.head_dim * 2
+
+    @property
+    def _merged_bytes(self) -> int:
+        """Of each row, the fp32 output, reference and sum of earlier chunks."""
+        return self.query_tile * (self.head_dim + 2) * 4
 
 
 def select_config(head_dim: int, mask: str, dtype: str, arch: str) -> KernelConfig:

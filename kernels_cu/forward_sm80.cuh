@@ -36,7 +36,7 @@ using Merged = MergedChunks<head_dim / 8>;
 struct SharedMemory {
     alignas(1024) u16 ring[ring_slots][key_tile * head_dim];
     // of each warp: first its query rows, then its merged chunks, then its rows on their way out
-    alignas(1024) unsigned char rows[warps][Merged::bytes_per_warp];
+    unsigned char rows[warps][Merged::bytes_per_warp];
 };
 static_assert(sizeof(SharedMemory) == config::shared_bytes);
 static_assert(Merged::bytes_per_warp >= 16 * head_dim * 2, "query rows fit where merged chunks go");
@@ -82,7 +82,8 @@ __device__ __forceinline__ void multiply_values(float (&out)[head_dim / 8][4], c
     }
 }
 
-extern "C" __global__ void __launch_bounds__(threads, 1) forward_sm80(const __grid_constant__ ForwardParams params) {
+extern "C" __global__ void __launch_bounds__(threads, config::blocks_per_multiprocessor)
+    forward_sm80(const __grid_constant__ ForwardParams params) {
     SharedMemory& shared = *static_cast<SharedMemory*>(ptx::dynamic_shared());
     const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
 
@@ -102,7 +103,8 @@ extern "C" __global__ void __launch_bounds__(threads, 1) forward_sm80(const __gr
     const int warp_tiles =
         warp_row < params.query_length ? tiles_for(visible_keys(min(warp_row + 16, params.query_length) - 1)) : 0;
 
-    const u16* const keys = params.key + batch * params.key_strides.batch + head / params.group * params.key_strides.head;
+    const u16* const keys =
+        params.key + batch * params.key_strides.batch + head / params.group * params.key_strides.head;
     const u16* const values =
         params.value + batch * params.value_strides.batch + head / params.group * params.value_strides.head;
     const auto ring_slot = [&](int step) { return ptx::shared_address(shared.ring[step % ring_slots]); };
@@ -111,8 +113,8 @@ extern "C" __global__ void __launch_bounds__(threads, 1) forward_sm80(const __gr
         if (step < 2 * block_tiles) {
             const int first_key = step / 2 * key_tile;
             const i64 stride = step % 2 == 0 ? params.key_strides.token : params.value_strides.token;
-            KeyTile::load<key_tile, threads>(ring_slot(step), (step % 2 == 0 ? keys : values) + first_key * stride, stride,
-                                             params.key_length - first_key, threadIdx.x);
+            KeyTile::load<key_tile, threads>(ring_slot(step), (step % 2 == 0 ? keys : values) + first_key * stride,
+                                             stride, params.key_length - first_key, threadIdx.x);
         }
         ptx::cp_async_commit();
     };
@@ -133,13 +135,14 @@ extern "C" __global__ void __launch_bounds__(threads, 1) forward_sm80(const __gr
         ptx::ldmatrix_x4(query[k], warp_memory + KeyTile::offset(lane & 15, 2 * k + (lane >> 4)));
     }
 
-    Merged merged(warp_memory);
+    const Merged merged(warp_memory);
     RowStatistics rows;
     rows.reset();
     float score[key_tile / 8][4], out[head_dim / 8][4];
 #pragma unroll
     for (int b = 0; b < head_dim / 8; ++b) out[b][0] = out[b][1] = out[b][2] = out[b][3] = 0.0f;
     int chunk_end = config::chunk_length(0);
+    const auto first_chunk = [&] { return chunk_end == config::chunk_length(0); };
 
     const int warp_lag = warp < warps / 2 ? 0 : lag;
 #pragma unroll 1
@@ -179,7 +182,8 @@ extern "C" __global__ void __launch_bounds__(threads, 1) forward_sm80(const __gr
         multiply_values(out, score, ring_slot(step));
 
         if (first_key + key_tile == chunk_end && tile + 1 < warp_tiles) {
-            merged.fold(out, rows);
+            merged.fold(out, rows, first_chunk());
+            merged.store(out, rows);
             rows.reset();
 #pragma unroll
             for (int b = 0; b < head_dim / 8; ++b) out[b][0] = out[b][1] = out[b][2] = out[b][3] = 0.0f;
@@ -187,13 +191,13 @@ extern "C" __global__ void __launch_bounds__(threads, 1) forward_sm80(const __gr
         }
     }
 
-    const RowStatistics& total = merged.finish(out, rows);
+    merged.fold(out, rows, first_chunk());
     const i64 row_offset = (batch * params.query_heads + head) * params.query_length + warp_row;
-    store_rows<head_dim, config::bfloat16>(
-        out, total, warp_memory,
-        params.out + batch * params.out_strides.batch + head * params.out_strides.head +
-            warp_row * params.out_strides.token,
-        params.out_strides.token, params.lse + row_offset, params.query_length - warp_row);
+    store_rows<head_dim, config::bfloat16>(out, rows, warp_memory,
+                                           params.out + batch * params.out_strides.batch +
+                                               head * params.out_strides.head + warp_row * params.out_strides.token,
+                                           params.out_strides.token, params.lse + row_offset,
+                                           params.query_length - warp_row);
 }
 
 }  // namespace cuattn

@@ -24,7 +24,7 @@ def add_commands(commands: Any) -> None:
     precompile.add_argument(
         "--arch", nargs="+", choices=list(ARCHITECTURES), help="default: the devices present; without one, all"
     )
-    precompile.add_argument("--jobs", type=int, help="kernels compiled at a time; default: one a core")
+    precompile.add_argument("--jobs", type=_positive, help="kernels compiled at a time; default: one a core")
     precompile.set_defaults(run=run_precompile)
 
 
@@ -67,6 +67,13 @@ def run_precompile(arguments: argparse.Namespace) -> int:
     )
     reporter.line(f"{len(kernels)} kernels in {time.perf_counter() - start:.1f} s, in {env.cache_dir()}", good=True)
     return 0
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"got {number}, expected at least 1")
+    return number
 
 
 def kibibytes(size: int) -> str:

@@ -76,13 +76,14 @@ class RichReporter:
     def table(self, table: Table) -> None:
         import rich.box
         from rich.table import Table as RichTable
+        from rich.text import Text
 
         drawn = RichTable(title=table.title, title_justify="left", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         drawn.show_header = any(table.columns)
         for column in table.columns:
             drawn.add_column(column, overflow="fold")
         for index, row in enumerate(table.rows):
-            drawn.add_row(*row, style=_style(table.verdict(index)))
+            drawn.add_row(*map(Text, row), style=_style(table.verdict(index)))
         self.console.print(drawn)
 
     def track(self, items: Iterable[T], total: int, label: str) -> Iterator[T]:

@@ -18,6 +18,7 @@ def kernel_source(config: KernelConfig) -> str:
         "bfloat16": config.dtype == "bfloat16",
         "key_tile": config.key_tile,
         "warps": config.warps,
+        "blocks_per_multiprocessor": config.blocks_per_multiprocessor,
         "query_tile": config.query_tile,
         "ring_slots": config.ring_slots,
         "shared_bytes": config.shared_bytes,

@@ -12,7 +12,7 @@ An operation is ``op(q, k, v, mask, scale=..., return_lse=True) -> (out, lse)``.
 from cuattn.testing.accuracy import Accuracy, assert_accurate, measure_accuracy
 from cuattn.testing.arrays import CupyLibrary, Library, NumpyLibrary, TorchLibrary, poisoned_empty_like
 from cuattn.testing.bitwise import BitwiseMismatch, assert_bitwise_equal
-from cuattn.testing.cases import accuracy_cases, standard_cases
+from cuattn.testing.cases import SIZES, accuracy_cases, standard_cases
 from cuattn.testing.controls import Call, non_invariant
 from cuattn.testing.inputs import FAMILIES, Case, Inputs, make_inputs
 from cuattn.testing.invariance import CHECKS, Check
@@ -22,6 +22,7 @@ from cuattn.testing.sweep import Trial, TrialResult, assert_invariant, invarianc
 __all__ = [
     "CHECKS",
     "FAMILIES",
+    "SIZES",
     "Accuracy",
     "BitwiseMismatch",
     "Call",

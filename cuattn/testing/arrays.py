@@ -96,7 +96,7 @@ class NumpyLibrary:
         return ("float16", "bfloat16") if installed("ml_dtypes") else ("float16",)
 
     def array(self, bits: Bits, dtype: str) -> Any:
-        return np.array(bits).view(numpy_dtype(dtype))
+        return np.array(bits, order="C").view(numpy_dtype(dtype))
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class TorchLibrary:
     def array(self, bits: Bits, dtype: str) -> Any:
         import torch
 
-        signed = np.array(bits).view(f"i{bits.itemsize}")
+        signed = np.array(bits, order="C").view(f"i{bits.itemsize}")
         return torch.from_numpy(signed).to(self.device).view(getattr(torch, dtype))
 
 
@@ -126,7 +126,7 @@ class CupyLibrary:
         import cupy
 
         with cupy.cuda.Device(int(self.device.rpartition(":")[2])):
-            return cupy.array(bits).view(numpy_dtype(dtype))
+            return cupy.array(bits, order="C").view(numpy_dtype(dtype))
 
 
 def library_of(array: Any) -> Library:

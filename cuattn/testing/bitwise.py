@@ -43,5 +43,8 @@ def assert_same_bits(actual: Bits, expected: Bits, dtype: str, name: str = "") -
 
 
 def _show(word: Any, dtype: str) -> str:
-    value = values_of(np.array([word]), dtype)[0].item()
-    return f"{value!r} (0x{int(word):0{2 * word.itemsize}x})"
+    raw = f"0x{int(word):0{2 * word.itemsize}x}"
+    try:
+        return f"{values_of(np.array([word]), dtype)[0].item()!r} ({raw})"
+    except TypeError:  # a type of another library
+        return raw

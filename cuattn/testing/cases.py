@@ -1,29 +1,34 @@
-"""The standard cases: lengths on both sides of every tile and chunk edge, in three sizes."""
+"""The standard cases: lengths on both sides of every tile and chunk edge, in four sizes."""
 
 from collections.abc import Iterator
 from itertools import product
 
 from cuattn.testing.inputs import FAMILIES, Case
 
+_SMALL = [(3, 4, 2, 113, 203), (1, 2, 1, 1, 1), (1, 2, 1, 20, 530)]
+_LARGE = [
+    (3, 4, 2, 113, 203),
+    (1, 2, 1, 1, 1),
+    (2, 2, 2, 128, 128),
+    (1, 2, 1, 799, 3),
+    (1, 2, 1, 1023, 1024),
+    (1, 2, 1, 64, 4097),
+]
 #: (batch, heads, kv_heads, len_q, len_k) of the invariance sweep.
 _SWEEP = {
-    "tiny": [(2, 4, 2, 17, 80), (1, 1, 1, 1, 1)],
-    "small": [(3, 4, 2, 113, 203), (1, 2, 1, 1, 1), (1, 2, 1, 20, 530)],
-    "large": [
-        (3, 4, 2, 113, 203),
-        (1, 2, 1, 1, 1),
-        (2, 2, 2, 128, 128),
-        (1, 2, 1, 799, 3),
-        (1, 2, 1, 1023, 1024),
-        (1, 2, 1, 64, 4097),
-    ],
+    "tiny": [(2, 4, 2, 17, 80), (1, 1, 1, 1, 1), (1, 1, 1, 40, 3), (1, 1, 1, 130, 530)],
+    "small": _SMALL,
+    "large": _LARGE,
+    "device": [*_LARGE, (9, 16, 4, 257, 300), (40, 8, 1, 1, 700)],  # more blocks than multiprocessors
 }
 #: (heads, kv_heads, len_q, len_k) of the accuracy table: for most families, and for the long context.
 _ACCURACY = {
-    "tiny": ((1, 1, 16, 128), (1, 1, 1, 600)),
-    "small": ((2, 1, 128, 256), (1, 1, 16, 2100)),
+    "tiny": ((1, 1, 16, 128), (1, 1, 16, 2200)),
+    "small": ((2, 1, 128, 256), (1, 1, 16, 2200)),
     "large": ((2, 1, 256, 384), (1, 1, 16, 16500)),
+    "device": ((4, 2, 512, 1024), (1, 1, 64, 70000)),
 }
+#: Sizes: "tiny" for the emulator, "small", "large", and "device", which a CPU is too slow for.
 SIZES = tuple(_SWEEP)
 
 
@@ -33,7 +38,7 @@ def standard_cases(
     head_dims: tuple[int, ...] = (64, 128),
     masks: tuple[str, ...] = ("causal", "full"),
 ) -> Iterator[Case]:
-    """Cases of an invariance sweep: every shape of ``size`` ("tiny", "small" or "large") in every variant."""
+    """Cases of an invariance sweep: every shape of ``size``, one of SIZES, in every variant."""
     for dtype, head_dim, mask in product(dtypes, head_dims, masks):
         for batch, heads, kv_heads, len_q, len_k in _SWEEP[size]:
             yield Case(len_q, len_k, mask, dtype, head_dim, batch, heads, kv_heads)

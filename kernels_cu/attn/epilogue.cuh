@@ -36,7 +36,8 @@ __device__ __forceinline__ void store_rows(const float (&out)[head_dim / 8][4], 
             // adding +0 turns -0 into +0 and changes nothing else
             const float low = __fadd_rn(__fmul_rn(out[b][2 * half], scale), 0.0f);
             const float high = __fadd_rn(__fmul_rn(out[b][2 * half + 1], scale), 0.0f);
-            ptx::store_shared_u32(scratch + Rows::offset(row, b) + 4 * (lane & 3), ptx::pack_16bit<bfloat16>(low, high));
+            ptx::store_shared_u32(scratch + Rows::offset(row, b) + 4 * (lane & 3),
+                                  ptx::pack_16bit<bfloat16>(low, high));
         }
         if ((lane & 3) == 0 && row < valid) {
             ptx::store_global_f32(row_lse + row, log_sum_exp(rows.reference[half], rows.sum[half]));

@@ -19,8 +19,8 @@ struct ForwardParams {
     Strides query_strides, key_strides, value_strides, out_strides;
     int query_heads, group;  // group: query heads that share one key head
     int query_length, key_length;
-    int query_tiles;     // blocks along one sequence; blocks run (batch, head, tile), tile fastest
-    float factor;        // |scale| log2(e): weights are 2^(factor * score - reference)
+    int query_tiles;    // blocks along one sequence; blocks run (batch, head, tile), tile fastest
+    float factor;       // |scale| log2(e): weights are 2^(factor * score - reference)
     int negate_scores;  // a negative scale: scores change their sign first
 };
 

@@ -33,7 +33,9 @@ inline const Region& global_region(const char* what, const void* pointer, int by
 
 inline void store_global(void* to, const void* from, int bytes) {
     const Region& region = global_region("global store", to, bytes);
-    if (!region.written) fail(range("global store", reinterpret_cast<unsigned long long>(to), bytes) + ": " + region.name + " is an input");
+    if (!region.written)
+        fail(range("global store", reinterpret_cast<unsigned long long>(to), bytes) + ": " + region.name +
+             " is an input");
     std::memcpy(to, from, bytes);
     std::memset(region.written + (static_cast<char*>(to) - region.begin), 1, bytes);
 }
@@ -93,7 +95,8 @@ inline void start_copy(uint32_t to, const void* from, int bytes, bool valid) {
     if (valid) global_region("cp.async", from, bytes);
     note_write("cp.async", to, bytes);
     for (int i = 0; i < bytes / 4; ++i) ++block->shared.words[to / 4 + i].copies_under_way;
-    const bool early = block->schedule == Schedule::ascending || (block->schedule == Schedule::random && random_number() % 2);
+    const bool early =
+        block->schedule == Schedule::ascending || (block->schedule == Schedule::random && random_number() % 2);
     if (early) valid ? std::memcpy(target, from, bytes) : std::memset(target, 0, bytes);
     current().open_group.push_back({to, valid ? from : nullptr});
 }

@@ -35,7 +35,8 @@ inline std::string deadlock() {
     std::string text = "deadlock: ";
     const auto group = [&](const Rendezvous& r, const std::string& who, int size) {
         if (r.arrived > 0) {
-            text += who + " waits in " + r.what + " with " + std::to_string(r.arrived) + " of " + std::to_string(size) + " threads; ";
+            text += who + " waits in " + r.what + " with " + std::to_string(r.arrived) + " of " + std::to_string(size) +
+                    " threads; ";
         }
     };
     for (size_t w = 0; w < block->warp.size(); ++w) group(block->warp[w], "warp " + std::to_string(w), 32);
@@ -46,7 +47,8 @@ inline std::string deadlock() {
 // Turns of the block's fibers until all have returned. Random schedules also hold back whole warps for a while.
 inline void run_block() {
     std::vector<int> order(block->threads);
-    for (int i = 0; i < block->threads; ++i) order[i] = block->schedule == Schedule::descending ? block->threads - 1 - i : i;
+    for (int i = 0; i < block->threads; ++i)
+        order[i] = block->schedule == Schedule::descending ? block->threads - 1 - i : i;
     std::vector<char> held((block->threads + 31) / 32, 0);
     while (block->alive > 0 && block->error.empty()) {
         const uint64_t before = block->progress;

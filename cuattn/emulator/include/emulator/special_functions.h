@@ -15,7 +15,8 @@ inline thread_local const float* exp2_table = nullptr;
 // looked up; results below 2^-126 are +0.
 inline float exp2_approx(float x) {
     if (x != x) return std::numeric_limits<float>::quiet_NaN();
-    const double magnitude = std::fabs(x) < 0x1p-126f ? 0.0 : std::floor(std::fmin(std::fabs(double{x}), 300.0) * 0x1p23);
+    const double magnitude =
+        std::fabs(x) < 0x1p-126f ? 0.0 : std::floor(std::fmin(std::fabs(double{x}), 300.0) * 0x1p23);
     auto fixed = static_cast<int64_t>(magnitude);
     if (x < 0) fixed = fixed % (1 << 23) == 0 ? -fixed : -fixed - 1;
     const double value = std::ldexp(static_cast<double>(exp2_table[fixed & 0x7fffff]), static_cast<int>(fixed >> 23));

@@ -80,7 +80,8 @@ inline float dot_add(const Operand* a, const Operand* b, int stride_b, float c, 
             const auto value = [&](const Operand& o) {
                 if (o.finite) return std::ldexp(static_cast<double>(o.significand), o.exponent - fraction);
                 const bool nan = (o.significand < 0 ? -o.significand : o.significand) != 1 << fraction;
-                return nan ? std::numeric_limits<double>::quiet_NaN() : o.significand * std::numeric_limits<double>::infinity();
+                return nan ? std::numeric_limits<double>::quiet_NaN()
+                           : o.significand * std::numeric_limits<double>::infinity();
             };
             sum += value(a[k]) * value(b[k * stride_b]);
         }
@@ -97,7 +98,8 @@ inline float dot_add(const Operand* a, const Operand* b, int stride_b, float c, 
 
 // c (rows x columns) += a (rows x 16) * b (16 x columns), all operands of one 16-bit type.
 template <int rows, int columns>
-void multiply_add(float (&c)[rows][columns], const Operand (&a)[rows][16], const Operand (&b)[16][columns], int fraction) {
+void multiply_add(float (&c)[rows][columns], const Operand (&a)[rows][16], const Operand (&b)[16][columns],
+                  int fraction) {
     for (int m = 0; m < rows; ++m) {
         for (int n = 0; n < columns; ++n) {
             for (int k = 0; k < 16; k += tensor_core.terms) {

@@ -1,8 +1,8 @@
 // Host twin of kernels_cu/ptx/cp_async.cuh.
 #pragma once
 
-#include <common/types.cuh>
 #include <cuda_builtins.h>
+#include <common/types.cuh>
 
 namespace cuattn::ptx {
 

@@ -1,8 +1,8 @@
 // Host twin of kernels_cu/ptx/memory.cuh. Shared addresses are offsets into the block's shared memory.
 #pragma once
 
-#include <common/types.cuh>
 #include <cuda_builtins.h>
+#include <common/types.cuh>
 
 namespace cuattn::ptx {
 

@@ -1,0 +1,329 @@
+"""The command ``cuattn``."""
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stand_ins import moving_chunks, with_keywords
+
+import cuattn
+from cuattn import env
+from cuattn.cli import check, libraries, machine, main
+from cuattn.cli.report import PlainReporter, Reporter, RichReporter, Table, make_reporter
+from cuattn.config import select_config
+from cuattn.errors import CompileError, MissingDependencyError
+from cuattn.jit import Precompiled
+from cuattn.testing import CHECKS, Case, CupyLibrary, NumpyLibrary, TorchLibrary
+
+SWEEP_CASES = [Case(17, 80, batch=2, heads=4, kv_heads=2)]
+ACCURACY_CASES = [Case(16, 128), Case(16, 128, dtype="bfloat16", family="peaked 8")]
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu_and_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answers of a machine without a GPU, on any machine."""
+    monkeypatch.setattr(libraries, "device_count", lambda: 0)
+    monkeypatch.setattr(machine, "device_count", lambda: 0)
+    monkeypatch.delenv(env.BACKEND, raising=False)
+
+
+@pytest.fixture
+def few_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "standard_cases", lambda **variants: iter(SWEEP_CASES))
+    monkeypatch.setattr(check, "accuracy_cases", lambda **variants: iter(ACCURACY_CASES))
+
+
+def usage_error(*argv: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 2
+
+
+class TestCheck:
+    @pytest.mark.usefixtures("few_cases")
+    @pytest.mark.parametrize("library", ["numpy", "torch"])
+    def test_all_is_well(self, library: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["check", "--library", library]) == 0
+        text = capsys.readouterr().out
+        assert f"cuattn {cuattn.__version__}: backend reference, {library} arrays on cpu" in text
+        checks = len(CHECKS)
+        assert f"invariance: {checks} of {checks} trials passed\n" in text
+        assert "accuracy: 2 of 2 cases passed\n" in text
+        assert text.endswith(f"negative control: {checks} of {checks} checks failed as they must\n")
+
+    @pytest.mark.usefixtures("few_cases")
+    def test_the_emulator(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["check", "--backend", "emulator", "--arch", "sm_90a"]) == 0
+        assert "backend emulator sm_90a, " in capsys.readouterr().out
+
+    @pytest.mark.usefixtures("few_cases")
+    def test_json_on_standard_output_is_alone_there(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["check", "--json", "-"]) == 0
+        out, err = capsys.readouterr()
+        report = json.loads(out)
+        assert "negative control" in err
+        assert report["passed"] is True
+        assert (report["backend"], report["arch"], report["device"]) == ("reference", None, "cpu")
+        assert report["versions"]["contract"] == str(cuattn.CONTRACT_VERSION)
+        assert len(report["invariance"]) == 2 * len(CHECKS)
+        assert {entry["check"] for entry in report["invariance"] if entry["control"]} == {c.name for c in CHECKS}
+        assert report["invariance"][0]["case"]["len_k"] == 80
+        assert [entry["case"]["family"] for entry in report["accuracy"]] == ["normal", "peaked 8"]
+        assert all(0 < entry["error"] < 1 and entry["passed"] for entry in report["accuracy"])
+
+    @pytest.mark.usefixtures("few_cases")
+    def test_bits_that_move_are_a_failure(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        monkeypatch.setattr(check, "attention", moving_chunks)
+        assert main(["check", "--json", str(tmp_path / "report.json")]) == 1
+        text = capsys.readouterr().out
+        assert "batch size, float16 d64 causal 2x4/2x17x80: batch 1 against 2: out:" in text
+        assert "accuracy: 2 of 2 cases passed" in text
+        report = json.loads((tmp_path / "report.json").read_text())
+        assert report["passed"] is False
+        failed = [entry for entry in report["invariance"] if not entry["passed"]]
+        assert failed
+        assert all("elements differ, first at" in entry["detail"] for entry in failed)
+
+    @pytest.mark.usefixtures("few_cases")
+    def test_a_harmless_control_is_a_failure(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr("cuattn.testing.controls._attend_in_two", _attend_whole)
+        monkeypatch.setattr(check, "attention", with_keywords)
+        assert main(["check"]) == 1
+        text = capsys.readouterr().out
+        assert f"invariance: {len(CHECKS)} of {len(CHECKS)} trials passed" in text
+        assert f"negative control: 1 of {len(CHECKS)} checks failed as they must" in text
+        assert "more failures" in text
+        assert "negative control of batch size, float16" in text
+
+    @pytest.mark.usefixtures("few_cases")
+    def test_an_operation_that_raises_is_reported(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def broken(*args: Any, **options: Any) -> Any:
+            raise RuntimeError("no")
+
+        monkeypatch.setattr(check, "attention", broken)
+        assert main(["check", "--json", "-"]) == 1
+        out, err = capsys.readouterr()
+        assert "RuntimeError: no" in err
+        report = json.loads(out)
+        assert report["accuracy"][0]["error"] is None  # NaN is no JSON
+        assert report["accuracy"][0]["failures"] == ["RuntimeError: no"]
+
+    @pytest.mark.usefixtures("few_cases")
+    @pytest.mark.parametrize("error", [CompileError("line 7"), MissingDependencyError("pip install 'cuattn[cuda13]'")])
+    def test_what_ends_the_sweep_is_one_message(
+        self, error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def unequipped(*args: Any, **options: Any) -> Any:
+            raise error
+
+        monkeypatch.setattr(check, "attention", unequipped)
+        assert main(["check"]) == 1
+        assert capsys.readouterr().err == f"cuattn: {error}\n"
+
+    @pytest.mark.parametrize(
+        ("argv", "message"),
+        [
+            (["--backend", "gpu"], "invalid choice: 'gpu'"),
+            (["--arch", "sm_80"], "--arch: got sm_80 for the backend auto"),
+            (["--backend", "emulator", "--arch", "sm_70"], "invalid choice: 'sm_70'"),
+            (["--backend", "cuda"], "--backend: got cuda, but an array library"),
+            (["--backend", "reference", "--library", "cupy"], "--backend: got reference, but --library cupy"),
+        ],
+    )
+    def test_wrong_usage(self, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+        usage_error("check", *argv)
+        assert message in capsys.readouterr().err
+
+    def test_the_environment_variable_chooses(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def setting(**arguments: Any) -> tuple[str, str | None]:
+            defaults = {"backend": None, "arch": None, "library": "numpy", "quick": True, **arguments}
+            chosen = check._setting(check.argparse.Namespace(**defaults))
+            return chosen.backend, chosen.arch
+
+        assert setting() == ("reference", None)
+        monkeypatch.setenv(env.BACKEND, "emulator:sm_90a")
+        assert setting() == ("emulator", "sm_90a")
+        assert setting(arch="sm_86") == ("emulator", "sm_86")
+        assert setting(backend="reference") == ("reference", None)
+        monkeypatch.delenv(env.BACKEND)
+        assert setting(backend="emulator") == ("emulator", "sm_80")
+
+    def test_without_bfloat16_there_is_a_note(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr("cuattn.testing.arrays.installed", lambda package: False)
+        monkeypatch.setattr(check, "standard_cases", lambda **variants: _remember(variants))
+        monkeypatch.setattr(check, "accuracy_cases", lambda **variants: iter(ACCURACY_CASES[:1]))
+        main(["check", "--quick", "--library", "numpy"])
+        assert "without bfloat16, which numpy cannot hold: pip install ml_dtypes" in capsys.readouterr().out
+        assert _remembered[-1] == {"size": "small", "dtypes": ("float16",)}
+
+
+_remembered: list[dict[str, Any]] = []
+
+
+def _remember(variants: dict[str, Any]) -> Iterator[Case]:
+    _remembered.append(variants)
+    return iter(SWEEP_CASES)
+
+
+def _attend_whole(op: Any, q: Any, k: Any, v: Any, mask: str, cut: int, options: Any) -> Any:
+    """What makes the controls invariant."""
+    return op(q, k, v, mask, **options)
+
+
+class TestLibraries:
+    def test_a_cpu_takes_what_holds_bfloat16(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert libraries.choose("auto") == NumpyLibrary()
+        monkeypatch.setattr("cuattn.testing.arrays.installed", lambda package: package != "ml_dtypes")
+        assert libraries.choose("reference") == TorchLibrary()
+        monkeypatch.setattr(libraries, "installed", lambda package: False)
+        assert libraries.choose("emulator") == NumpyLibrary()
+
+    def test_a_gpu_comes_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(libraries, "device_count", lambda: 1)
+        monkeypatch.setattr(libraries, "_torch_has_gpu", lambda: True)
+        assert libraries.choose("auto") == TorchLibrary(device="cuda:0")
+        assert libraries.choose("cuda", "cupy") == CupyLibrary()
+        assert libraries.choose("reference", "torch") == TorchLibrary()
+        assert libraries.choose("auto", "numpy") == NumpyLibrary()
+        monkeypatch.setattr(libraries, "_torch_has_gpu", lambda: False)
+        assert libraries.choose("auto") == CupyLibrary()
+        assert libraries.choose("auto", "torch") == TorchLibrary()
+
+
+class TestInfo:
+    def test_names_every_fact(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["info"]) == 0
+        text = capsys.readouterr().out
+        facts = ("cuattn", "contract", "python", "numpy", "torch", "cupy", "nvrtc", "driver", "device", "backend")
+        lines = [line.split() for line in text.splitlines() if line.strip()]
+        assert {line[0] for line in lines} >= set(facts)
+        assert str(env.kernel_dir()) in text
+        assert str(env.cache_dir()) in text
+        assert "no CUDA device that CuPy can use" in text
+        assert "reference, on the CPU" in text
+
+    def test_without_cupy(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def missing() -> Any:
+            raise MissingDependencyError("no cupy")
+
+        monkeypatch.setattr(machine, "import_cupy", missing)
+        versions = machine.versions()
+        assert (versions["cupy"], versions["nvrtc"]) == (machine.ABSENT, machine.ABSENT)
+
+    def test_the_environment_variable_shows(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setenv(env.BACKEND, "emulator:sm_90a")
+        main(["info"])
+        assert "emulator:sm_90a (CUATTN_BACKEND)" in capsys.readouterr().out
+
+
+class TestKernels:
+    def test_cache_list_and_clear(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        from cuattn.jit import ArtifactCache
+
+        monkeypatch.setenv(env.CACHE_DIR, str(tmp_path))
+        assert main(["cache", "list"]) == 0
+        assert f"0 files, 0 KiB, in {tmp_path}" in capsys.readouterr().out
+        for key in ("a", "b"):
+            path = ArtifactCache(tmp_path).get(key, f"kernel_{key}", "cubin", lambda: bytes(2048), {})
+        path.write_bytes(b"damaged")
+        main(["cache", "list"])
+        text = capsys.readouterr().out
+        rows = [line.split() for line in text.splitlines() if "kernel_" in line]
+        assert [(row[0], row[1]) for row in rows] == [("kernel_a", "2"), ("kernel_b", "0")]
+        assert rows[0][-1] == "yes"
+        assert "no, built anew on use" in text
+        assert main(["cache", "clear"]) == 0
+        assert f"2 files removed from {tmp_path}" in capsys.readouterr().out
+        assert ArtifactCache(tmp_path).entries() == []
+
+    def test_precompile_passes_the_selection_on(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        calls = []
+
+        def precompile(*selection: Any, jobs: int | None, progress: Any) -> list[Precompiled]:
+            calls.append((*selection, jobs))
+            kernel = Precompiled(select_config(64, "causal", "float16", "sm_80"), Path("x"), 1.25, from_cache=False)
+            progress(1, 2, kernel)
+            progress(2, 2, kernel._replace(from_cache=True))
+            return [kernel, kernel]
+
+        monkeypatch.setattr("cuattn.jit.precompile", precompile)
+        assert (
+            main(["precompile", "--head-dim", "64", "128", "--mask", "causal", "--arch", "sm_80", "--jobs", "1"]) == 0
+        )
+        assert main(["precompile"]) == 0
+        assert calls == [([64, 128], ["causal"], None, ["sm_80"], 1), (None, None, None, None, None)]
+        text = capsys.readouterr().out
+        assert "[1/2] forward_sm80_d64_causal_float16_sm_80: 1.2 s\n" in text
+        assert "[2/2] forward_sm80_d64_causal_float16_sm_80: was there\n" in text
+        assert "2 kernels in " in text
+
+    @pytest.mark.parametrize(
+        "argv", [["--head-dim", "65"], ["--dtype", "float64"], ["--jobs", "0"], ["--arch", "sm_1"]]
+    )
+    def test_precompile_wrong_usage(self, argv: list[str]) -> None:
+        usage_error("precompile", *argv)
+
+    def test_commands_are_required(self) -> None:
+        usage_error()
+        usage_error("cache")
+
+
+class TestReporters:
+    TABLE = Table("Title", ("a", "long column"), [("first", "1"), ("second", "[bold]")], [True, False])
+
+    @pytest.mark.parametrize("kind", [PlainReporter, RichReporter])
+    def test_both_say_the_same(self, kind: type[PlainReporter | RichReporter]) -> None:
+        stream = io.StringIO()
+        reporter: Reporter = kind(stream)
+        reporter.table(self.TABLE)
+        reporter.line("a line [with] brackets " + "x" * 200, good=False)
+        assert list(reporter.track(iter("abc"), 3, "letters")) == ["a", "b", "c"]
+        lines = [line.rstrip() for line in stream.getvalue().splitlines()]
+        words = [line.split() for line in lines if line.strip()]
+        assert words[0] == ["Title"]
+        assert words[1] == ["a", "long", "column"]
+        assert words[3:5] == [["first", "1"], ["second", "[bold]"]]
+        assert "a line [with] brackets " + "x" * 200 in lines
+        assert "\x1b" not in stream.getvalue()
+
+    def test_plain_progress_is_shown_on_a_terminal_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        stream = io.StringIO()
+        list(PlainReporter(stream).track(range(2), 2, "letters"))
+        assert stream.getvalue() == ""
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+        list(PlainReporter(stream).track(range(2), 2, "letters"))
+        assert "\rletters: 2 of 2 " in stream.getvalue()
+
+    def test_rich_is_taken_where_it_is_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert isinstance(make_reporter(), RichReporter)
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+        assert isinstance(make_reporter(), PlainReporter)
+
+
+def test_as_a_module_and_without_heavy_imports() -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "cuattn", "check", "--help"], capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.startswith("usage: cuattn check")
+    program = "import sys, cuattn.cli; print(sorted({'torch', 'cupy', 'jax', 'rich', 'ml_dtypes'} & set(sys.modules)))"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert loaded.stdout == "[]\n"

@@ -1,0 +1,168 @@
+"""`cuattn.testing`, the sweep: every check passes what is invariant and fails its negative control."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from stand_ins import moving_chunks, row_by_row, with_keywords
+
+import cuattn
+from cuattn import testing
+from cuattn.errors import MissingDependencyError
+from cuattn.testing import CHECKS, BitwiseMismatch, Case, Check, Library, NumpyLibrary, Subject, TorchLibrary
+from cuattn.testing import controls as control_ops
+from cuattn.testing.arrays import values_of
+from cuattn.testing.invariance import boundaries
+
+CONTROL_CASE = Case(21, 90, "causal", batch=2, heads=4, kv_heads=2)
+CHECK_NAMES = [check.name for check in CHECKS]
+
+
+def _check(name: str) -> Check:
+    return CHECKS[CHECK_NAMES.index(name)]
+
+
+class TestChecks:
+    """Every check passes an invariant operation and fails its negative control."""
+
+    @pytest.mark.parametrize("name", CHECK_NAMES)
+    @pytest.mark.parametrize("library", [NumpyLibrary(), TorchLibrary()], ids=lambda library: library.name)
+    @pytest.mark.parametrize("mask", ["causal", "full"])
+    def test_check_and_control(self, name: str, library: Library, mask: str) -> None:
+        check, case = _check(name), replace(CONTROL_CASE, mask=mask)
+        if not check.applies(case):
+            assert (name, mask) == ("unseen keys", "full")  # all keys are seen
+            return
+        check.run(Subject(with_keywords, library, case))
+        with pytest.raises(BitwiseMismatch):
+            check.run(Subject(check.control(with_keywords), library, case))
+
+    @pytest.mark.parametrize("name", CHECK_NAMES)
+    def test_controls_are_right_within_rounding(self, name: str) -> None:
+        subject = Subject(_check(name).control(with_keywords), NumpyLibrary(), CONTROL_CASE)
+        result, expected = subject.baseline, Subject(with_keywords, NumpyLibrary(), CONTROL_CASE).baseline
+        out, gold = (values_of(r.out, "float16").astype(np.float32) for r in (result, expected))
+        np.testing.assert_allclose(out, gold, rtol=0, atol=2.0**-9)
+        np.testing.assert_allclose(values_of(result.lse, "float32"), values_of(expected.lse, "float32"), atol=1e-6)
+
+    @pytest.mark.parametrize(
+        ("control", "blind"),
+        [
+            ("depends_on_batch_size", ("batch position", "strides", "repeated runs", "head slices")),
+            ("depends_on_position", ("head slices", "mask type", "layout", "num_splits")),
+            ("depends_on_rows", ("batch size", "permutation", "repeated key heads", "repeated runs")),
+            ("depends_on_strides", ("batch size", "permutation", "num_splits", "decode against prefill")),
+            ("depends_on_garbage", ("strides", "batch size", "repeated runs", "unseen keys")),
+        ],
+    )
+    def test_controls_depend_on_one_thing(self, control: str, blind: tuple[str, ...]) -> None:
+        op = getattr(control_ops, control)(with_keywords)
+        for name in blind:
+            _check(name).run(Subject(op, NumpyLibrary(), CONTROL_CASE))
+
+    def test_a_leak_from_neighbours_is_found(self) -> None:
+        def leaking(q: Any, k: Any, v: Any, mask: str, **options: Any) -> Any:
+            out, lse = row_by_row(q, k, v, mask, **options)
+            return out + 0 * v.sum(), lse  # 0 * NaN
+
+        with pytest.raises(BitwiseMismatch, match="between sequences of NaN: out"):
+            _check("neighbours").run(Subject(leaking, NumpyLibrary(), CONTROL_CASE))
+
+    def test_an_ignored_output_array_is_found(self) -> None:
+        def ignoring(q: Any, k: Any, v: Any, mask: str, *, out: Any = None, **options: Any) -> Any:
+            return row_by_row(q, k, v, mask, **options)
+
+        with pytest.raises(BitwiseMismatch, match="the array given as out"):
+            _check("given output").run(Subject(ignoring, NumpyLibrary(), CONTROL_CASE))
+
+    def test_results_of_another_shape_are_no_mismatch(self) -> None:
+        subject = Subject(
+            lambda *a, **o: (np.zeros(3, np.float16), np.zeros(3, np.float32)), NumpyLibrary(), Case(2, 2)
+        )
+        with pytest.raises(AssertionError, match=r"out and LSE: got shapes and dtypes \(\(3,\), 'float16'"):
+            _ = subject.baseline
+
+    @pytest.mark.parametrize("length", [1, 2, 3, 5, 113, 1023])
+    def test_boundaries_cover_all_rows(self, length: int) -> None:
+        sets = list(boundaries(length))
+        assert bool(sets) == (length > 1)
+        for cuts in sets:
+            assert (cuts[0], cuts[-1]) == (0, length)
+            assert cuts == sorted(set(cuts))
+
+
+class TestSweep:
+    def test_an_invariant_operation_passes(self) -> None:
+        testing.assert_invariant(with_keywords, testing.standard_cases("tiny", head_dims=(64,)), TorchLibrary())
+
+    def test_a_non_invariant_operation_fails_where_it_must(self) -> None:
+        results = list(testing.invariance_sweep(moving_chunks, [CONTROL_CASE]))
+        failed = {r.trial.check.name for r in results if not r.passed and not r.trial.control}
+        assert failed == {
+            "batch size",
+            "neighbours",
+            "chunked prefill",
+            "decode against prefill",
+            "mask type",
+            "head slices",
+        }
+        with pytest.raises(AssertionError, match="6 trials failed"):
+            testing.assert_invariant(moving_chunks, [CONTROL_CASE])
+
+    def test_every_usable_check_has_one_control(self) -> None:
+        trials = testing.plan_sweep(with_keywords, testing.standard_cases("tiny"))
+        controls = [trial.check.name for trial in trials if trial.control]
+        assert sorted(controls) == sorted(CHECK_NAMES)
+        assert {trial.check.name for trial in trials} == set(CHECK_NAMES)
+
+    @pytest.mark.parametrize("size", testing.SIZES)
+    def test_every_size_reaches_every_check(self, size: str) -> None:
+        trials = testing.plan_sweep(with_keywords, testing.standard_cases(size, dtypes=("float16",), head_dims=(64,)))
+        assert {trial.check.name for trial in trials if trial.control} == set(CHECK_NAMES)
+
+    def test_keywords_that_an_operation_lacks_are_not_checked(self) -> None:
+        names = {trial.check.name for trial in testing.plan_sweep(row_by_row, [CONTROL_CASE])}
+        assert set(CHECK_NAMES) - names == {"layout", "num_splits", "given output"}
+
+    def test_a_check_that_its_control_passes_is_a_failure(self) -> None:
+        harmless = replace(_check("repeated runs"), control=lambda op: op)
+        results = list(testing.invariance_sweep(row_by_row, [CONTROL_CASE], checks=[harmless]))
+        assert [(r.trial.control, r.passed) for r in results] == [(False, True), (True, False)]
+        assert results[1].detail == "a non-invariant operation passed"
+
+    def test_a_crash_is_a_failure_also_of_a_control(self) -> None:
+        def broken(*args: Any, **options: Any) -> Any:
+            raise RuntimeError("no")
+
+        crashing = replace(_check("repeated runs"), control=lambda op: broken)
+        results = list(testing.invariance_sweep(row_by_row, [CONTROL_CASE], checks=[crashing]))
+        assert [(r.passed, r.detail) for r in results] == [(True, ""), (False, "RuntimeError: no")]
+        (result,) = testing.invariance_sweep(broken, [Case(1, 1)], checks=[_check("strides")])
+        assert (result.passed, result.detail) == (False, "RuntimeError: no")
+
+    def test_a_missing_package_ends_the_sweep(self) -> None:
+        def unequipped(*args: Any, **options: Any) -> Any:
+            raise MissingDependencyError("pip install it")
+
+        with pytest.raises(MissingDependencyError):
+            list(testing.invariance_sweep(unequipped, [Case(1, 1)]))
+        with pytest.raises(MissingDependencyError):
+            list(testing.measure_accuracy(unequipped, [Case(1, 1)]))
+
+    def test_results_come_one_by_one(self) -> None:
+        calls = []
+
+        def counted(*args: Any, **options: Any) -> Any:
+            calls.append(1)
+            return row_by_row(*args, **options)
+
+        sweep = testing.invariance_sweep(counted, [CONTROL_CASE])
+        assert not calls
+        next(sweep)
+        assert len(calls) < 10
+
+    def test_attention_takes_part_with_all_its_keywords(self) -> None:
+        trials = testing.plan_sweep(cuattn.attention, [CONTROL_CASE])
+        assert {trial.check.name for trial in trials} == set(CHECK_NAMES)
+        testing.assert_invariant(cuattn.attention, [CONTROL_CASE], TorchLibrary())
