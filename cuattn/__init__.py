@@ -1,5 +1,8 @@
 """Batch-invariant softmax attention: a row's bits do not depend on who shares the batch."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from cuattn.api import attention
 from cuattn.backend import use_backend
 from cuattn.contract import CONTRACT_VERSION
@@ -7,4 +10,14 @@ from cuattn.jit import precompile
 
 __version__ = "0.1.0"
 
-__all__ = ["CONTRACT_VERSION", "__version__", "attention", "precompile", "use_backend"]
+if TYPE_CHECKING:
+    from cuattn import testing
+
+__all__ = ["CONTRACT_VERSION", "__version__", "attention", "precompile", "testing", "use_backend"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports `cuattn.testing` when it is first asked for."""
+    if name == "testing":
+        return importlib.import_module("cuattn.testing")
+    raise AttributeError(f"module 'cuattn' has no attribute {name!r}")

@@ -4,10 +4,11 @@ Nothing is allocated or launched here.
 """
 
 import math
+import numbers
 from dataclasses import dataclass, replace
 
 from cuattn import config
-from cuattn.interop import Tensor, import_tensor
+from cuattn.interop import Tensor, import_tensor, share_memory
 
 LAYOUTS = ("bhsd", "bshd")
 #: Lengths and head counts are 32-bit in the kernels, with room for a tile behind the end.
@@ -66,10 +67,10 @@ def check_attention(
     k: object,
     v: object,
     mask: str | None,
-    scale: float | None,
+    scale: object,
     key_padding_mask: object,
     layout: str,
-    num_splits: int | None,
+    num_splits: object,
 ) -> Problem:
     """Checks the arguments of `cuattn.attention`, all but ``out``."""
     _check_choice("layout", layout, LAYOUTS)
@@ -114,14 +115,16 @@ def check_out(out: object, problem: Problem) -> Tensor:
         raise ValueError("out: got read-only memory, expected memory to write to")
     tensor = in_kernel_axes(tensor, problem.layout)
     check_memory("out", tensor)
-    for axis, (size, stride) in enumerate(zip(tensor.shape, tensor.strides, strict=True)):
-        if size > 1 and stride == 0:
-            raise ValueError(
-                f"out: got stride 0 in an axis of size {size} (axis {axis} of B, H, L, D), expected memory of its own for every element"
-            )
+    if 0 in tensor.shape:
+        return tensor
+    reach = 0  # of the axes with smaller strides, in elements
+    for stride, size in sorted((abs(stride), size) for size, stride in zip(tensor.shape, tensor.strides, strict=True)):
+        if size > 1 and stride <= reach:
+            raise ValueError(f"out: got strides {tensor.strides}, expected memory of its own for every element")
+        reach += (size - 1) * stride
     for name, source in (("q", query), ("k", problem.key), ("v", problem.value)):
-        if tensor.pointer == source.pointer and 0 not in tensor.shape and 0 not in source.shape:
-            raise ValueError(f"out: got the memory of {name}, expected a tensor of its own")
+        if share_memory(tensor, source):
+            raise ValueError(f"out: got the memory of {name}, expected memory of its own")
     return tensor
 
 
@@ -150,13 +153,16 @@ def _check_choice(name: str, got: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: got {got!r}, expected one of {', '.join(map(repr, choices))}")
 
 
-def _check_scale(scale: float | None, head_dim: int) -> float:
+def _check_scale(scale: object, head_dim: int) -> float:
     if scale is None:
-        return head_dim**-0.5
+        return float(head_dim**-0.5)
+    # no tensors: reading one would wait for its device
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+        raise TypeError(f"scale: got {type(scale).__name__}, expected None or a finite float")
     try:
         value = float(scale)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"scale: got {type(scale).__name__}, expected None or a finite float") from error
+    except OverflowError:
+        value = math.inf
     if not math.isfinite(value):
         raise ValueError(f"scale: got {value}, expected None or a finite float")
     return value

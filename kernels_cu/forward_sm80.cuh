@@ -10,13 +10,13 @@
 #include <attn/chunks.cuh>
 #include <attn/epilogue.cuh>
 #include <attn/params.cuh>
+#include <attn/products.cuh>
 #include <attn/softmax.cuh>
 #include <attn/tile.cuh>
 #include <common/types.cuh>
 #include <ptx/cp_async.cuh>
 #include <ptx/ldmatrix.cuh>
 #include <ptx/memory.cuh>
-#include <ptx/mma.cuh>
 
 namespace cuattn {
 
@@ -31,6 +31,7 @@ static_assert(head_dim % 16 == 0 && key_tile % 16 == 0, "products run over align
 static_assert(config::chunk_length(0) % key_tile == 0, "a chunk is a whole number of tiles");
 
 using KeyTile = Tile<head_dim>;
+using Products = WarpProducts<head_dim, key_tile, config::bfloat16>;
 using Merged = MergedChunks<head_dim / 8>;
 
 struct SharedMemory {
@@ -40,47 +41,6 @@ struct SharedMemory {
 };
 static_assert(sizeof(SharedMemory) == config::shared_bytes);
 static_assert(Merged::bytes_per_warp >= 16 * head_dim * 2, "query rows fit where merged chunks go");
-
-// Scores of 16 queries and key_tile keys, groups of 16 columns of head_dim ascending.
-__device__ __forceinline__ void multiply_keys(float (&score)[key_tile / 8][4], const u32 (&query)[head_dim / 16][4],
-                                              u32 keys) {
-    const int lane = threadIdx.x & 31;
-    const int row = (lane & 7) + (lane >> 4) * 8, unit = (lane >> 3) & 1;
-#pragma unroll
-    for (int b = 0; b < key_tile / 8; ++b) score[b][0] = score[b][1] = score[b][2] = score[b][3] = 0.0f;
-#pragma unroll
-    for (int k = 0; k < head_dim / 16; ++k) {
-#pragma unroll
-        for (int b = 0; b < key_tile / 8; b += 2) {
-            u32 key[4];
-            ptx::ldmatrix_x4(key, keys + KeyTile::offset(row + 8 * b, unit + 2 * k));
-            ptx::mma_m16n8k16<config::bfloat16>(score[b], query[k], key[0], key[1]);
-            ptx::mma_m16n8k16<config::bfloat16>(score[b + 1], query[k], key[2], key[3]);
-        }
-    }
-}
-
-// out += weights (rounded to the input type) * values, groups of 16 keys ascending.
-__device__ __forceinline__ void multiply_values(float (&out)[head_dim / 8][4], const float (&weight)[key_tile / 8][4],
-                                                u32 values) {
-    const int lane = threadIdx.x & 31;
-#pragma unroll
-    for (int k = 0; k < key_tile / 16; ++k) {
-        u32 w[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const float* pair = &weight[2 * k + i / 2][2 * (i & 1)];
-            w[i] = ptx::pack_16bit<config::bfloat16>(pair[0], pair[1]);
-        }
-#pragma unroll
-        for (int b = 0; b < head_dim / 8; b += 2) {
-            u32 value[4];
-            ptx::ldmatrix_x4_trans(value, values + KeyTile::offset(16 * k + (lane & 15), b + (lane >> 4)));
-            ptx::mma_m16n8k16<config::bfloat16>(out[b], w, value[0], value[1]);
-            ptx::mma_m16n8k16<config::bfloat16>(out[b + 1], w, value[2], value[3]);
-        }
-    }
-}
 
 extern "C" __global__ void __launch_bounds__(threads, config::blocks_per_multiprocessor)
     forward_sm80(const __grid_constant__ ForwardParams params) {
@@ -154,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(threads, config::blocks_per_multipr
         const int step = block_step - warp_lag, tile = step / 2, first_key = tile * key_tile;
         if (step < 0 || tile >= warp_tiles) continue;
         if (step % 2 == 0) {
-            multiply_keys(score, query, ring_slot(step));
+            Products::multiply_keys(score, query, ring_slot(step), lane);
             continue;
         }
 
@@ -167,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(threads, config::blocks_per_multipr
         }
         if (first_key + key_tile > visible_keys(warp_row)) {
             const int row = warp_row + lane / 4;
-            mask_scores(score, {visible_keys(row) - first_key, visible_keys(row + 8) - first_key});
+            mask_scores(score, {visible_keys(row) - first_key, visible_keys(row + 8) - first_key}, lane);
         }
         float rescale[2];
         softmax_tile(score, rows, params.factor, rescale);
@@ -179,7 +139,7 @@ extern "C" __global__ void __launch_bounds__(threads, config::blocks_per_multipr
                 for (int c = 0; c < 4; ++c) out[b][c] = __fmul_rn(out[b][c], rescale[c / 2]);
             }
         }
-        multiply_values(out, score, ring_slot(step));
+        Products::multiply_values(out, score, ring_slot(step), lane);
 
         if (first_key + key_tile == chunk_end && tile + 1 < warp_tiles) {
             merged.fold(out, rows, first_chunk());

@@ -13,6 +13,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """One empty cache folder a session: nothing stale is used, and each kernel is compiled once for all workers."""
     if hasattr(config, "workerinput"):
         return  # a pytest-xdist worker has inherited the folder from the process that started it
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would take most of a GPU's memory
     folder = tempfile.mkdtemp(prefix="cuattn-tests-")
     before = os.environ.get(env.CACHE_DIR)
     os.environ[env.CACHE_DIR] = folder

@@ -137,8 +137,8 @@ class TestCheck:
             (["--backend", "gpu"], "invalid choice: 'gpu'"),
             (["--arch", "sm_80"], "--arch: got sm_80 for the backend auto"),
             (["--backend", "emulator", "--arch", "sm_70"], "invalid choice: 'sm_70'"),
-            (["--backend", "cuda"], "--backend: got cuda, but an array library"),
-            (["--backend", "reference", "--library", "cupy"], "--backend: got reference, but --library cupy"),
+            (["--backend", "cuda"], "--backend: got cuda, expected it where CuPy"),
+            (["--backend", "reference", "--library", "cupy"], "--library: got cupy, expected one with cpu arrays"),
         ],
     )
     def test_wrong_usage(self, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -304,6 +304,15 @@ class TestReporters:
         assert words[3:5] == [["first", "1"], ["second", "[bold]"]]
         assert "a line [with] brackets " + "x" * 200 in lines
         assert "\x1b" not in stream.getvalue()
+
+    def test_rich_progress_is_shown_on_a_terminal_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        stream = io.StringIO()
+        assert list(RichReporter(stream).track(range(2), 2, "letters")) == [0, 1]
+        assert stream.getvalue() == ""
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+        monkeypatch.setenv("TERM", "xterm")
+        assert list(RichReporter(stream).track(range(2), 2, "letters")) == [0, 1]
+        assert "letters" in stream.getvalue()
 
     def test_plain_progress_is_shown_on_a_terminal_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
         stream = io.StringIO()

@@ -14,15 +14,13 @@ def choose(backend: str, name: str | None = None) -> Library:
 
     Raises ValueError if none fits.
     """
-    fitting = [library for library in _usable(name) if backend == "auto" or _device_kind(backend) == library.device[:4]]
-    if not fitting:
-        wanted = f"--library {name}" if name else "an array library"
-        raise ValueError(f"--backend: got {backend}, but {wanted} with arrays that it can use is not at hand here")
-    return fitting[0]
-
-
-def _device_kind(backend: str) -> str:
-    return "cuda" if backend == "cuda" else "cpu"
+    if backend == "cuda" and not device_count():
+        raise ValueError("--backend: got cuda, expected it where CuPy can use a CUDA device; here it finds none")
+    wanted = {"auto": ("cpu", "cuda"), "cuda": ("cuda",)}.get(backend, ("cpu",))
+    for library in _usable(name):
+        if library.device.partition(":")[0] in wanted:
+            return library
+    raise ValueError(f"--library: got {name}, expected one with {' or '.join(wanted)} arrays at hand, for {backend}")
 
 
 def _usable(name: str | None) -> Iterator[Library]:

@@ -87,6 +87,9 @@ class RichReporter:
         self.console.print(drawn)
 
     def track(self, items: Iterable[T], total: int, label: str) -> Iterator[T]:
+        if not self.console.is_terminal:  # rich would leave an empty line
+            yield from items
+            return
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         columns: tuple[Any, ...] = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())

@@ -1,8 +1,9 @@
 """The kernels on a CPU: the unchanged CUDA C++ sources, compiled by the host's C++ compiler and run thread by thread.
 
-``include/`` stands in for the CUDA built-ins and for kernels_cu/ptx/; the include path decides, so a kernel does not know
-where it runs. Tensor-core products and ex2 are bit-exact models of an NVIDIA H200 (`cuattn.emulator.hardware`); all else
-that the kernels compute are IEEE operations. Wrong accesses, races, divergence and deadlocks are EmulatorErrors.
+``include/`` stands in for the CUDA built-ins and for kernels_cu/ptx/; the include path decides, so a kernel does not
+know where it runs. Tensor-core products and ex2 are bit-exact models of an NVIDIA H200 (`cuattn.emulator.hardware`);
+all else that the kernels compute are IEEE operations. Wrong accesses, races, divergence and deadlocks are
+EmulatorErrors.
 """
 
 from cuattn.emulator.run import SCHEDULES, forward

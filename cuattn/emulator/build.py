@@ -1,4 +1,4 @@
-"""From a KernelConfig to a shared library of the emulated kernel, through the host's C++ compiler and the kernel cache."""
+"""From a kernel's source to a shared library that emulates it, through the host's C++ compiler and the kernel cache."""
 
 import ctypes
 import functools
@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from cuattn import env
@@ -16,6 +17,7 @@ from cuattn.config import KernelConfig
 from cuattn.errors import CompileError, MissingDependencyError
 from cuattn.jit.cache import ArtifactCache
 from cuattn.jit.includes import source_digest
+from cuattn.jit.listing import listings
 from cuattn.jit.unit import kernel_source
 
 INCLUDE = Path(__file__).parent / "include"
@@ -25,16 +27,22 @@ FLAGS = ("-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-s
 
 def load(config: KernelConfig) -> ctypes.CDLL:
     """The emulated kernel's library, built if its sources, the compiler or this machine's processor are new."""
-    return _load(library_path(config))
+    return load_kernel(config.name, kernel_source(config), config.kernel, "ForwardParams", vars(config))
 
 
-def library_path(config: KernelConfig) -> Path:
-    """Raises MissingDependencyError without a C++ compiler, CompileError with the compiler's messages."""
+def load_kernel(
+    name: str, source: str, kernel: str, params: str, config: Mapping[str, object] | None = None
+) -> ctypes.CDLL:
+    """The library that emulates ``cuattn::<kernel>(cuattn::<params>)``, a kernel of the CUDA C++ text ``source``.
+
+    ``name`` and ``config`` describe it in the cache. Raises MissingDependencyError without a C++ compiler, and
+    CompileError with the compiler's messages and the numbered source.
+    """
     compiler = _compiler()
     folders = [INCLUDE, env.kernel_dir()]
-    source = emulated_source(config)
+    unit = emulated_source(source, kernel, params)
     facts = {
-        "source": source_digest(source, folders),
+        "source": source_digest(unit, folders),
         "flags": " ".join(FLAGS),
         "compiler": _version(tuple(compiler)),
         "processor": _processor(),
@@ -42,25 +50,29 @@ def library_path(config: KernelConfig) -> Path:
 
     def build() -> bytes:
         with tempfile.TemporaryDirectory(prefix="cuattn-") as folder:
-            unit, library = Path(folder, "unit.cpp"), Path(folder, "unit.so")
-            unit.write_text(source)
-            command = [*compiler, *FLAGS, *(f"-I{f}" for f in folders), str(unit), "-o", str(library)]
+            file, library = Path(folder, f"{name}.cpp"), Path(folder, f"{name}.so")
+            file.write_text(unit, encoding="utf-8")
+            command = [*compiler, *FLAGS, *(f"-I{f}" for f in folders), str(file), "-o", str(library)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
-                raise CompileError(f"{config}\n{shlex.join(command)}\n{done.stderr}\n{source}")
+                raise CompileError(
+                    f"{name}: {compiler[0]} failed with exit code {done.returncode}\n"
+                    f"flags: {shlex.join(command[len(compiler) :])}\nlog:\n{done.stderr}\n"
+                    + listings(str(file), unit, done.stderr)
+                )
             return library.read_bytes()
 
     cache = ArtifactCache(env.cache_dir())
-    return cache.get(repr(facts), f"{config.name}_emulated", "so", build, {"config": vars(config), **facts})
+    return _load(cache.get(repr(facts), f"{name}_emulated", "so", build, {"config": config, **facts}))
 
 
-def emulated_source(config: KernelConfig) -> str:
-    """The kernel's unit between the stand-ins for the CUDA built-ins and the entry point."""
+def emulated_source(source: str, kernel: str, params: str) -> str:
+    """A unit of CUDA C++ between the stand-ins for the CUDA built-ins and the entry point."""
     return (
-        f"#include <cuda_builtins.h>\n{kernel_source(config)}#include <emulator/launch.h>\n"
+        f"#include <cuda_builtins.h>\n{source}#include <emulator/launch.h>\n"
         'extern "C" int emulate(const emulator::Launch* launch) {\n'
-        "    const auto& params = *static_cast<const cuattn::ForwardParams*>(launch->params);\n"
-        f"    return emulator::run(*launch, [&] {{ cuattn::{config.kernel}(params); }});\n"
+        f"    const auto& params = *static_cast<const cuattn::{params}*>(launch->params);\n"
+        f"    return emulator::run(*launch, [&] {{ cuattn::{kernel}(params); }});\n"
         "}\n"
     )
 

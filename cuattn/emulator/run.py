@@ -11,7 +11,7 @@ from cuattn.errors import EmulatorError
 from cuattn.interop import Tensor
 from cuattn.schedule import LaunchPlan
 
-#: Orders in which threads run and copies land. A correct kernel gives the same bits under all; random ones vary by seed.
+#: Orders in which threads run and copies land; random ones vary by seed. A correct kernel has the same bits under all.
 SCHEDULES = ("ascending", "descending", "random")
 
 
@@ -53,12 +53,31 @@ def forward(
     seed: int = 1,
 ) -> None:
     """Runs one launch. Raises EmulatorError where the kernel errs or leaves an element of an output unwritten."""
-    written = {name: np.zeros(tensor.nbytes_span, np.uint8) for name, tensor in outputs.items()}
-    regions = [_region(name, tensor, None) for name, tensor in inputs.items()]
-    regions += [_region(name, tensor, written[name]) for name, tensor in outputs.items()]
+    launch(config.name, build.load(config), config.arch, plan, inputs, outputs, schedule, seed)
+
+
+def launch(
+    name: str,
+    library: ctypes.CDLL,
+    arch: str,
+    plan: LaunchPlan,
+    inputs: dict[str, Tensor],
+    outputs: dict[str, Tensor],
+    schedule: str = "ascending",
+    seed: int = 1,
+) -> None:
+    """Runs the kernel of a library of `build.load_kernel` as ``forward`` runs its own; ``name`` is for messages.
+
+    ``inputs`` and ``outputs`` are all the memory that the kernel may touch, inputs read-only. Python threads may run
+    launches at the same time.
+    """
+    written = {output: np.zeros(tensor.nbytes_span, np.uint8) for output, tensor in outputs.items()}
+    # Outputs first: where an output lies between the rows of an input, the first that holds an address is its region.
+    regions = [_region(output, tensor, written[output]) for output, tensor in outputs.items()]
+    regions += [_region(input_, tensor, None) for input_, tensor in inputs.items()]
     message = ctypes.create_string_buffer(1024)
-    core = hardware.tensor_core(config.arch)
-    launch = _Launch(
+    core = hardware.tensor_core(arch)
+    argument = _Launch(
         params=ctypes.addressof(plan.params),
         regions=(_Region * len(regions))(*regions),
         exp2_table=hardware.exp2_table().ctypes.data,
@@ -73,10 +92,10 @@ def forward(
         tensor_core_terms=core.terms,
         tensor_core_fraction_bits=core.fraction_bits,
     )
-    if build.load(config).emulate(ctypes.byref(launch)):
-        raise EmulatorError(f"{config.name}: {message.value.decode()}")
-    for name, tensor in outputs.items():
-        _check_written(name, tensor, written[name])
+    if library.emulate(ctypes.byref(argument)):
+        raise EmulatorError(f"{name}: {message.value.decode()}")
+    for output, tensor in outputs.items():
+        _check_written(output, tensor, written[output])
 
 
 def _region(name: str, tensor: Tensor, written: npt.NDArray[np.uint8] | None) -> _Region:
@@ -85,7 +104,7 @@ def _region(name: str, tensor: Tensor, written: npt.NDArray[np.uint8] | None) ->
 
 
 def _check_written(name: str, tensor: Tensor, written: npt.NDArray[np.uint8]) -> None:
-    """Every byte of every element was stored to."""
+    """Every byte of every element was stored to, and no byte between elements."""
     if 0 in tensor.shape:
         return
     size = tensor.itemsize
@@ -97,3 +116,5 @@ def _check_written(name: str, tensor: Tensor, written: npt.NDArray[np.uint8]) ->
         raise EmulatorError(
             f"{name}: {len(missing)} elements were not written, the first at {tuple(missing[0].tolist())}"
         )
+    if stray := np.count_nonzero(written) - bytes_of.size:
+        raise EmulatorError(f"{name}: {stray} bytes between its elements were written")

@@ -10,10 +10,10 @@ from typing import Any
 from cuattn.interop.cupy_ import CupyFramework
 from cuattn.interop.dlpack import DlpackFramework
 from cuattn.interop.numpy_ import NumpyFramework
-from cuattn.interop.tensor import CPU, Device, Framework, Tensor, contiguous_strides, host_bits
+from cuattn.interop.tensor import CPU, Device, Framework, Tensor, contiguous_strides, host_bits, share_memory
 from cuattn.interop.torch_ import TorchFramework
 
-__all__ = ["CPU", "Device", "Framework", "Tensor", "contiguous_strides", "host_bits", "import_tensor"]
+__all__ = ["CPU", "Device", "Framework", "Tensor", "contiguous_strides", "host_bits", "import_tensor", "share_memory"]
 
 #: (module, array class in it, framework): the libraries whose arrays are read without DLPack.
 _NATIVE: tuple[tuple[str, str, Framework], ...] = (

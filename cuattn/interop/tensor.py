@@ -131,3 +131,15 @@ def host_bits(tensor: Tensor) -> npt.NDArray[Any]:
     if tensor.device.kind != "cpu":
         raise ValueError(f"tensor: got one on {tensor.device}, expected one on the CPU")
     return np.asarray(_Memory(tensor))
+
+
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether any byte belongs to elements of both; True too for strides of which that is hard to tell.
+
+    The tensors are on one device; only their addresses are looked at.
+    """
+    first, second = np.asarray(_Memory(a)), np.asarray(_Memory(b))
+    try:
+        return np.shares_memory(first, second, max_work=10_000)  # type: ignore[arg-type] # the stubs know 0 and -1 alone
+    except np.exceptions.TooHardError:
+        return True

@@ -1,7 +1,6 @@
 """NVRTC through CuPy: a unit in, a cubin and what it uses out. Needs CuPy's package but no GPU and no CUDA headers."""
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,12 +8,12 @@ from typing import Any
 from cuattn.config import KernelConfig
 from cuattn.devices import INSTALL_ADVICE, import_cupy
 from cuattn.errors import CompileError, MissingDependencyError
+from cuattn.jit.listing import listings
 
 #: Part of the numerical contract: no contraction, subnormals kept, IEEE division and square root.
 NUMERICS_FLAGS = ("--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
 
 _REPORT_FLAG = "--ptxas-options=-v"
-_CONTEXT_LINES = 4
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def compile_cubin(config: KernelConfig, source: str, folder: Path) -> tuple[byte
         raise CompileError(
             f"{config.name}: NVRTC {major}.{minor}: {error}\n"
             f"configuration: {config}\nflags: {' '.join(options)}\nlog:\n{log}\n"
-            + "".join(_listings(config, source, log))
+            + listings(f"{config.name}.cu", source, log)
         ) from None
     finally:
         nvrtc.destroyProgram(program)
@@ -123,17 +122,3 @@ def _nvrtc_and_version() -> tuple[Any, tuple[int, int]]:
         raise MissingDependencyError(
             f"CUDA kernels need NVRTC, which does not load ({reason}): {INSTALL_ADVICE}"
         ) from error
-
-
-def _listings(config: KernelConfig, source: str, log: str) -> Iterator[str]:
-    """The numbered unit, then the numbered surroundings of each error in a header."""
-    yield f"{config.name}.cu:\n{_numbered(source.splitlines(), 1)}"
-    for name, line in dict.fromkeys(re.findall(r"^(.+)\((\d+)\): (?:catastrophic )?error", log, re.MULTILINE)):
-        path, first = Path(name), max(1, int(line) - _CONTEXT_LINES)
-        if path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines()[first - 1 : int(line) + _CONTEXT_LINES]
-            yield f"\n{path}:\n{_numbered(lines, first)}"
-
-
-def _numbered(lines: list[str], first: int) -> str:
-    return "\n".join(f"{number:4} | {line}" for number, line in enumerate(lines, first))

@@ -33,7 +33,7 @@ _LOG = tuple(
 
 
 def exp2(x: Array) -> Array:
-    """``2**x`` for x <= 128; results below 2**-126 are 0."""
+    """``2**x`` for x < 128; results below 2**-126 are 0, that of infinity is NaN."""
     whole = np.rint(np.maximum(x, np.float32(-200)))
     fraction = np.maximum(x, np.float32(-200)) - whole
     p = np.full_like(fraction, _EXP2[0])
@@ -45,8 +45,9 @@ def exp2(x: Array) -> Array:
     exponent = np.nan_to_num(whole, nan=0.0).astype(np.int32)
     # two factors, since 2**128 alone is no fp32 number
     half = exponent >> 1
-    power = ((half + 127) << 23).view(np.float32) * ((exponent - half + 127) << 23).view(np.float32)
-    return np.where(exponent < -126, np.float32(0), p * power)
+    for part in (half, exponent - half):
+        np.multiply(p, ((part + 127) << 23).view(np.float32), out=p)
+    return np.where(x < np.float32(-126), np.float32(0), p)
 
 
 def natural_log(x: Array) -> Array:

@@ -33,8 +33,8 @@ def raw_bits(array: Any) -> tuple[Bits, str]:
             return host.view(_UNSIGNED[host.itemsize]), str(array.dtype).removeprefix("torch.")
     elif cupy is not None and isinstance(array, cupy.ndarray):
         if array.itemsize in _UNSIGNED:
-            host = cupy.asnumpy(cupy.ascontiguousarray(array).view(_UNSIGNED[array.itemsize]))
-            return host, array.dtype.name
+            words = array.view(_UNSIGNED[array.itemsize])  # first: CuPy has no kernel that copies bfloat16
+            return cupy.asnumpy(cupy.ascontiguousarray(words)), array.dtype.name
     else:
         array = np.asarray(array)
         if array.itemsize in _UNSIGNED:

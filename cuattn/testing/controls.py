@@ -145,17 +145,14 @@ def depends_on_last_key(op: Operation) -> Operation:
     return non_invariant(op, lambda call: float(np.ptp(_host(call.k[:, :, -1:]))) == 0.0)
 
 
-def leaves_a_row_unwritten(op: Operation) -> Operation:
-    """The last query row of an array given as ``out`` keeps what it held."""
+def leaves_a_sequence_unwritten(op: Operation) -> Operation:
+    """The last sequence of an array given as ``out`` keeps what it held."""
 
     @functools.wraps(op)
     def lazy_op(q: Any, k: Any, v: Any, mask: str, *, out: Any = None, **options: Any) -> Any:
-        if out is None:
-            return op(q, k, v, mask, **options)
-        bits, dtype = raw_bits(out)
-        before = library_of(out).array(bits[:, :, -1:], dtype)  # a copy
-        _, lse = op(q, k, v, mask, out=out, **options)
-        out[:, :, -1:] = before
-        return out, lse
+        if out is not None:
+            op(q[:-1], k[:-1], v[:-1], mask, out=out[:-1], **options)
+        result, lse = op(q, k, v, mask, **options)
+        return (result if out is None else out), lse
 
     return lazy_op

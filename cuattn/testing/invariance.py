@@ -221,5 +221,5 @@ CHECKS = (
     Check("unseen keys", unseen_keys, controls.depends_on_last_key, lambda c: c.mask == "causal" and c.len_q > 1),
     Check("other rows", other_rows, controls.depends_on_garbage, _many_rows),
     Check("num_splits", split_hint, controls.depends_on_splits, keyword="num_splits"),
-    Check("given output", given_output, controls.leaves_a_row_unwritten, keyword="out"),
+    Check("given output", given_output, controls.leaves_a_sequence_unwritten, keyword="out"),
 )

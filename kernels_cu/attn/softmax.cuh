@@ -34,14 +34,13 @@ __device__ __forceinline__ float quad_max(float x) {
 
 // Scores of columns from `visible[row]` on (counted from the tile's first key) become -inf. Column of score[b][c]: 8 b + 2 (lane % 4) + c % 2.
 template <int blocks>
-__device__ __forceinline__ void mask_scores(float (&score)[blocks][4], const int (&visible)[2]) {
-    const int column = 2 * (threadIdx.x & 3);
+__device__ __forceinline__ void mask_scores(float (&score)[blocks][4], const int (&visible)[2], int lane) {
+    const int column = 2 * (lane & 3);
+    const int end[2] = {visible[0] - column, visible[1] - column};
 #pragma unroll
     for (int b = 0; b < blocks; ++b) {
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-            if (8 * b + column + (c & 1) >= visible[c >> 1]) score[b][c] = -infinity;
-        }
+        for (int c = 0; c < 4; ++c) score[b][c] = 8 * b + (c & 1) < end[c >> 1] ? score[b][c] : -infinity;
     }
 }
 

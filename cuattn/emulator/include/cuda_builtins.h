@@ -3,10 +3,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include <emulator/access.h>
 #include <emulator/block.h>
+#include <emulator/formats.h>
 #include <emulator/special_functions.h>
 #include <emulator/tensor_core.h>
 
@@ -24,7 +24,10 @@ struct uint4 {
 };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
-inline thread_local emulator::Index3 threadIdx, blockIdx, gridDim;
+struct uint3 {
+    unsigned x = 0, y = 0, z = 0;
+};
+inline thread_local uint3 threadIdx, blockIdx, blockDim, gridDim;
 
 using std::max;
 using std::min;
@@ -35,21 +38,11 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __frcp_rn(float a) { return 1.0f / a; }
 
-inline unsigned __float_as_uint(float x) {
-    unsigned bits;
-    std::memcpy(&bits, &x, 4);
-    return bits;
-}
-inline float __uint_as_float(unsigned bits) {
-    float x;
-    std::memcpy(&x, &bits, 4);
-    return x;
-}
+inline unsigned __float_as_uint(float x) { return emulator::bits_of(x); }
+inline float __uint_as_float(unsigned bits) { return emulator::float_of(bits); }
 
 inline void __syncthreads() { emulator::block_barrier(); }
-inline void __syncwarp(unsigned mask = 0xffffffffu) {
-    emulator::warp_collective("__syncwarp", mask, nullptr, [](const void* const*) {});
-}
+inline void __syncwarp(unsigned mask = 0xffffffffu) { emulator::warp_barrier(mask); }
 inline float __shfl_xor_sync(unsigned mask, float x, int lane_mask) {
     struct Exchange {
         float in;
@@ -64,13 +57,13 @@ inline float __shfl_xor_sync(unsigned mask, float x, int lane_mask) {
 }
 inline int __any_sync(unsigned mask, int predicate) {
     struct Vote {
-        int in;
-        mutable int out;
+        bool in;
+        mutable bool out;
     };
-    const Vote mine{predicate, 0};
+    const Vote mine{predicate != 0, false};
     emulator::warp_collective("__any_sync", mask, &mine, [](const void* const* all) {
         const auto* const* lanes = reinterpret_cast<const Vote* const*>(all);
-        const bool any = std::any_of(lanes, lanes + 32, [](const Vote* vote) { return vote->in != 0; });
+        const bool any = std::any_of(lanes, lanes + 32, [](const Vote* vote) { return vote->in; });
         for (int i = 0; i < 32; ++i) lanes[i]->out = any;
     });
     return mine.out;

@@ -1,9 +1,10 @@
 // One thread block on the CPU: a fiber for every CUDA thread, run in turn; collectives are rendezvous of fibers.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
-#include <cstdio>
 #include <functional>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -12,50 +13,49 @@
 
 namespace emulator {
 
-struct Index3 {
-    unsigned x = 0, y = 0, z = 0;
-};
-
 // Fibers run in ascending order with early copies, in descending order with late copies, or in random order.
 enum class Schedule { ascending, descending, random };
 
+// An asynchronous copy of copy_bytes.
 struct Copy {
     uint32_t to;
     const void* from;  // null: zeros
 };
+constexpr int copy_bytes = 16;
 
 struct Thread {
     Context context;
-    int number = 0;  // inside the block
+    Moment now;  // `thread` is the number inside the block
     bool finished = false;
     const uint64_t* waiting_for = nullptr;  // generation counter of the rendezvous this thread waits in
     uint64_t generation = 0;
-    int barriers = 0;  // __syncthreads passed
     std::vector<Copy> open_group;
     std::vector<std::vector<Copy>> groups;  // committed, oldest first
 };
 
-// A meeting of `size` threads; the last to arrive does the work with everybody's argument.
+// A meeting of a warp's or a block's threads; the last to arrive does the work with everybody's argument.
 struct Rendezvous {
     const char* what = nullptr;
-    int arrived = 0;
+    size_t arrived = 0;
     uint64_t generation = 0;
-    const void* arguments[32];  // by lane, of a warp's collectives
+    std::vector<const void*> arguments;  // by lane of the warp or thread of the block
+
+    explicit Rendezvous(int size) : arguments(size) {}
 };
 
 struct Block {
-    Index3 index, grid;
-    int threads = 0, alive = 0, running = 0;
+    GlobalMemory global;
+    SharedMemory shared;
+    std::function<void()> body;
+    Schedule schedule;
+    uint64_t random_state;
+    int threads;
+    int index = 0, alive = 0, running = 0;
     uint64_t progress = 0;
-    Schedule schedule = Schedule::ascending;
-    uint64_t random_state = 1;
     Context scheduler;
     std::vector<Thread> thread;
     std::vector<Rendezvous> warp;
-    Rendezvous all;
-    SharedMemory shared;
-    GlobalMemory global;
-    std::function<void()> body;
+    Rendezvous all{0};
     std::string error;
 };
 
@@ -71,30 +71,24 @@ inline uint64_t random_number() {
 
 inline void yield() { switch_context(current().context, block->scheduler); }
 
-// Ends the launch with a message; the calling fiber never runs again.
-[[noreturn]] inline void fail(const std::string& message) {
-    char place[96];
-    std::snprintf(place, sizeof place, "block %u, thread %d: ", block->index.x, block->running);
-    if (block->error.empty()) block->error = place + message;
-    for (;;) yield();
-}
+// Ends the launch with a message; thread_entry catches it.
+[[noreturn]] inline void fail(const std::string& message) { throw std::runtime_error(message); }
 
 template <class Work>
-void meet(Rendezvous& r, const char* what, int slot, int size, const void* argument, Work&& work) {
+void meet(Rendezvous& r, const char* what, int slot, const void* argument, Work&& work) {
     if (r.arrived > 0 && r.what != what) {
         fail(std::string("divergence: reached ") + what + " while others of its group wait in " + r.what);
     }
     r.what = what;
     r.arguments[slot] = argument;
     Thread& me = current();
-    const uint64_t generation = r.generation;
     ++block->progress;
-    if (++r.arrived == size) {
+    if (++r.arrived == r.arguments.size()) {
         r.arrived = 0;
-        work(r.arguments);
+        work(r.arguments.data());
         ++r.generation;
     } else {
-        me.waiting_for = &r.generation, me.generation = generation;
+        me.waiting_for = &r.generation, me.generation = r.generation;
         yield();
         me.waiting_for = nullptr;
     }
@@ -107,13 +101,35 @@ inline int lane_number() { return block->running % 32; }
 template <class Work>
 void warp_collective(const char* what, unsigned mask, const void* argument, Work&& work) {
     if (mask != 0xffffffffu) fail(std::string(what) + ": the mask leaves lanes out");
-    meet(block->warp[warp_number()], what, lane_number(), 32, argument, work);
+    meet(block->warp[warp_number()], what, lane_number(), argument, work);
 }
 
-inline void block_barrier() {
-    Thread& me = current();
-    meet(block->all, "__syncthreads", 0, block->threads, nullptr, [](const void* const*) {});
-    ++me.barriers;
+template <class Work>
+void block_collective(const char* what, const void* argument, Work&& work) {
+    meet(block->all, what, block->running, argument, work);
+    Moment& now = current().now;
+    ++now.block_barriers, ++now.warp_barriers;
+}
+
+inline void no_work(const void* const*) {}
+
+inline void warp_barrier(unsigned mask) {
+    warp_collective("__syncwarp", mask, nullptr, no_work);
+    ++current().now.warp_barriers;
+}
+
+inline void block_barrier() { block_collective("__syncthreads", nullptr, no_work); }
+
+// A predicate in, whether anybody's holds out.
+struct Vote {
+    int in;
+    mutable int out;
+};
+
+inline void count_votes(const void* const* all, int count) {
+    const auto* const* votes = reinterpret_cast<const Vote* const*>(all);
+    const bool any = std::any_of(votes, votes + count, [](const Vote* vote) { return vote->in != 0; });
+    for (int i = 0; i < count; ++i) votes[i]->out = any;
 }
 
 }  // namespace emulator

@@ -2,8 +2,13 @@
 #pragma once
 
 #include <algorithm>
+#include <cfenv>
 #include <cstring>
+#include <exception>
+#include <functional>
 #include <memory>
+#include <numeric>
+#include <string>
 #include <vector>
 
 #include <cuda_builtins.h>
@@ -23,32 +28,37 @@ struct Launch {
 };
 
 inline void thread_entry() {
-    block->body();
-    Thread& me = current();
-    if (!me.groups.empty() || !me.open_group.empty()) finish_copies(0);
-    me.finished = true;
+    try {
+        block->body();
+        finish_copies(0);
+    } catch (const std::exception& error) {
+        block->error = "block " + std::to_string(block->index) + ", thread " + std::to_string(block->running) + ": " +
+                       error.what();
+    }
+    current().finished = true;
     --block->alive, ++block->progress;
     for (;;) yield();
 }
 
 inline std::string deadlock() {
     std::string text = "deadlock: ";
-    const auto group = [&](const Rendezvous& r, const std::string& who, int size) {
+    const auto group = [&](const Rendezvous& r, const std::string& who) {
         if (r.arrived > 0) {
-            text += who + " waits in " + r.what + " with " + std::to_string(r.arrived) + " of " + std::to_string(size) +
-                    " threads; ";
+            text += who + " waits in " + r.what + " with " + std::to_string(r.arrived) + " of " +
+                    std::to_string(r.arguments.size()) + " threads; ";
         }
     };
-    for (size_t w = 0; w < block->warp.size(); ++w) group(block->warp[w], "warp " + std::to_string(w), 32);
-    group(block->all, "the block", block->threads);
-    return text + std::to_string(block->threads - block->alive) + " threads have returned";
+    for (size_t w = 0; w < block->warp.size(); ++w) group(block->warp[w], "warp " + std::to_string(w));
+    group(block->all, "the block");
+    return text + std::to_string(block->threads - block->alive) + " of " + std::to_string(block->threads) +
+           " threads returned";
 }
 
 // Turns of the block's fibers until all have returned. Random schedules also hold back whole warps for a while.
 inline void run_block() {
     std::vector<int> order(block->threads);
-    for (int i = 0; i < block->threads; ++i)
-        order[i] = block->schedule == Schedule::descending ? block->threads - 1 - i : i;
+    std::iota(order.begin(), order.end(), 0);
+    if (block->schedule == Schedule::descending) std::reverse(order.begin(), order.end());
     std::vector<char> held((block->threads + 31) / 32, 0);
     while (block->alive > 0 && block->error.empty()) {
         const uint64_t before = block->progress;
@@ -68,43 +78,66 @@ inline void run_block() {
         const bool anyone_held = std::count(held.begin(), held.end(), 1) > 0;
         std::fill(held.begin(), held.end(), 0);
         if (block->progress == before && !anyone_held) {
-            block->error = "block " + std::to_string(block->index.x) + ": " + deadlock();
+            block->error = "block " + std::to_string(block->index) + ": " + deadlock();
         }
     }
 }
 
-// 0, or 1 with a message in launch.error.
-template <class Body>
-int run(const Launch& launch, Body body) {
-    Block state;
+// The environment that IEEE operations need: the caller's may flush subnormals or round otherwise.
+class DefaultFloatingPoint {
+  public:
+    DefaultFloatingPoint() {
+        std::fegetenv(&before_);
+        std::fesetenv(FE_DFL_ENV);
+    }
+    ~DefaultFloatingPoint() { std::fesetenv(&before_); }
+
+  private:
+    std::fenv_t before_;
+};
+
+inline void run_grid(const Launch& launch, const std::function<void()>& body, std::string& error) {
+    const DefaultFloatingPoint floating_point;
+    Block state{{launch.regions, launch.region_count},
+                SharedMemory(launch.shared_bytes),
+                body,
+                static_cast<Schedule>(launch.schedule),
+                launch.seed * 2654435761u + 88172645463325252u,
+                launch.threads};
     block = &state;
     tensor_core = {launch.tensor_core_terms, launch.tensor_core_fraction_bits};
     exp2_table = launch.exp2_table;
-    state.threads = launch.threads;
-    state.schedule = static_cast<Schedule>(launch.schedule);
-    state.random_state = launch.seed * 2654435761u + 88172645463325252u;
-    state.global = {launch.regions, launch.region_count};
-    state.shared.allocate(launch.shared_bytes);
-    state.body = body;
-    const std::unique_ptr<char[]> stacks(new char[stack_bytes * launch.threads]);
+    blockDim.x = launch.threads;
     gridDim.x = static_cast<unsigned>(launch.grid);
+    const std::unique_ptr<char[]> stacks(new char[stack_bytes * launch.threads]);
     for (int64_t index = 0; index < launch.grid && state.error.empty(); ++index) {
-        blockIdx.x = state.index.x = static_cast<unsigned>(index);
+        state.index = static_cast<int>(index);
+        blockIdx.x = static_cast<unsigned>(index);
         state.alive = state.threads;
-        state.warp.assign((state.threads + 31) / 32, Rendezvous{});
-        state.all = Rendezvous{};
+        state.warp.assign((state.threads + 31) / 32, Rendezvous(32));
+        state.all = Rendezvous(state.threads);
         state.shared.reset();
         state.thread.assign(state.threads, Thread{});
         for (int i = 0; i < state.threads; ++i) {
-            state.thread[i].number = i;
+            state.thread[i].now.thread = i;
             make_context(state.thread[i].context, stacks.get() + stack_bytes * i, thread_entry);
         }
         run_block();
     }
+    error = state.error;
+}
+
+// 0, or 1 with a message in launch.error.
+inline int run(const Launch& launch, const std::function<void()>& body) {
+    std::string error;
+    try {
+        run_grid(launch, body, error);
+    } catch (const std::exception& exception) {
+        error = exception.what();
+    }
     block = nullptr;
-    if (state.error.empty()) return 0;
-    std::strncpy(launch.error, state.error.c_str(), launch.error_bytes - 1);
-    return 1;
+    std::strncpy(launch.error, error.c_str(), launch.error_bytes - 1);
+    return error.empty() ? 0 : 1;
 }
 
 }  // namespace emulator

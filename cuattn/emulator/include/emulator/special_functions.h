@@ -1,9 +1,8 @@
-// ex2.approx.ftz.f32 and the conversions of a Hopper GPU, bit for bit (tests/test_hardware_model.py).
+// ex2.approx.ftz.f32 of a Hopper GPU, bit for bit (tests/test_hardware_model.py).
 #pragma once
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 
 namespace emulator {
@@ -21,21 +20,6 @@ inline float exp2_approx(float x) {
     if (x < 0) fixed = fixed % (1 << 23) == 0 ? -fixed : -fixed - 1;
     const double value = std::ldexp(static_cast<double>(exp2_table[fixed & 0x7fffff]), static_cast<int>(fixed >> 23));
     return value < 0x1p-126 ? 0.0f : static_cast<float>(value);
-}
-
-inline uint16_t to_bf16(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    if (x != x) return 0x7fff;
-    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-inline uint16_t to_fp16(float x) {
-    if (x != x) return 0x7fff;
-    const auto half = static_cast<_Float16>(x);
-    uint16_t bits;
-    std::memcpy(&bits, &half, 2);
-    return bits;
 }
 
 }  // namespace emulator

@@ -1,12 +1,17 @@
 // Bit-exact dot-add of the tensor cores: d = rz_fp32(trunc(c) + sum of trunc(a_k b_k)), every term aligned to the largest
-// exponent and truncated to a number of fraction bits. Model: Khattak and Mikaitis, arXiv 2512.07004; MMA-Sim, arXiv
-// 2511.10909; equal to an H200 on all captured vectors (tests/test_hardware_model.py).
+// exponent among those that are not zero, and truncated to a number of fraction bits. Subnormal operands keep their
+// format's smallest exponent, zeros are +0, and what exceeds fp32 is infinite. After Khattak and Mikaitis, arXiv 2512.07004, and
+// MMA-Sim, arXiv 2511.10909; equal to an H200 on all captured vectors (tests/test_hardware_model.py).
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
+
+#include <emulator/formats.h>
 
 namespace emulator {
 
@@ -16,95 +21,100 @@ struct TensorCore {
 };
 inline thread_local TensorCore tensor_core{16, 25};
 
-// value = significand * 2^(exponent - fraction), significand below 2^(fraction + 1); zero has the exponent -126.
+// value = significand * 2^(exponent - fraction), significand below 2^(fraction + 1) in magnitude. `fraction`: 23 for fp32.
 struct Operand {
     int significand, exponent;
-    bool finite;
+};
+constexpr int zero_exponent = -4096, not_finite_exponent = 16384;  // sums of two show that one of these is among them
+constexpr int smallest_exponent = -252, largest_exponent = 254;    // of products of finite numbers
+
+template <int columns>
+struct OperandRow {
+    int significand[columns], exponent[columns];
+
+    void set(int column, Operand value) { significand[column] = value.significand, exponent[column] = value.exponent; }
 };
 
-inline float fp16_value(uint16_t bits) {
-    _Float16 half;
-    std::memcpy(&half, &bits, 2);
-    return static_cast<float>(half);
+// From a format's parts; `bias` as in IEEE 754. Of an infinity or NaN the significand tells which it is.
+inline Operand operand(bool negative, int biased_exponent, int fraction_bits, int fraction, int bias) {
+    const int infinity = 2 * bias + 1;
+    const int significand = fraction_bits | (biased_exponent ? 1 << fraction : 0);
+    const int exponent = biased_exponent == infinity ? not_finite_exponent
+                         : significand == 0          ? zero_exponent
+                                                     : std::max(biased_exponent, 1) - bias;
+    return {negative ? -significand : significand, exponent};
 }
-inline float bf16_value(uint16_t bits) {
-    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-    float x;
-    std::memcpy(&x, &wide, 4);
-    return x;
+inline Operand operand(float x) {
+    const uint32_t bits = bits_of(x);
+    return operand(bits >> 31, bits >> 23 & 255, bits & 0x7fffff, 23, 127);
+}
+inline Operand bf16_operand(uint16_t bits) { return operand(bits >> 15, bits >> 7 & 255, bits & 127, 7, 127); }
+inline Operand fp16_operand(uint16_t bits) { return operand(bits >> 15, bits >> 10 & 31, bits & 1023, 10, 15); }
+
+// value / 2^shift, truncated toward zero.
+inline int shift_right(int value, int shift) {
+    const int sign = value >> 31;
+    return ((((value ^ sign) - sign) >> std::min(shift, 31)) ^ sign) - sign;
 }
 
-// `fraction`: explicit significand bits kept (7 for bf16, 10 for fp16, 23 for fp32). fp16 subnormals are normal in fp32.
-inline Operand operand(float x, int fraction) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    const int biased = static_cast<int>(bits >> 23 & 255);
-    int significand = static_cast<int>(bits & 0x7fffff) | (biased ? 0x800000 : 0);
-    significand >>= 23 - fraction;
-    return {bits >> 31 ? -significand : significand, biased ? biased - 127 : -126, biased != 255};
+// sum * 2^exponent, truncated to fp32; what becomes zero is +0.
+inline float round_toward_zero(double sum, int exponent) {
+    const double exact = sum * power_of_two(exponent);
+    const auto nearest = static_cast<float>(exact);
+    if (std::fabs(exact) >= 0x1p128) return nearest;
+    return float_of(bits_of(nearest) - (std::fabs(nearest) > std::fabs(exact))) + 0.0f;
 }
 
-inline int64_t aligned(int64_t significand, int shift_left, int shift_right) {
-    if (shift_right > 62) return 0;
-    const int64_t magnitude = ((significand < 0 ? -significand : significand) << shift_left) >> shift_right;
-    return significand < 0 ? -magnitude : magnitude;
-}
-
-// sum * 2^exponent, truncated to fp32.
-inline float round_toward_zero(int64_t sum, int exponent) {
-    double v = std::ldexp(static_cast<double>(sum), exponent);
-    if (std::fabs(v) >= 0x1p-126) {
-        uint64_t bits;
-        std::memcpy(&bits, &v, 8);
-        bits &= ~uint64_t{0x1fffffff};
-        std::memcpy(&v, &bits, 8);
-    } else {
-        v = std::ldexp(std::trunc(std::ldexp(v, 149)), -149);
-    }
-    return static_cast<float>(v);
-}
-
-// One step of `terms` products for one element; `fraction` as in operand().
-inline float dot_add(const Operand* a, const Operand* b, int stride_b, float c, int terms, int fraction) {
-    const Operand oc = operand(c, 23);
-    int largest = oc.exponent;
-    bool finite = oc.finite;
+// One element where an operand is an infinity or NaN: as in IEEE arithmetic.
+template <int columns>
+float dot_add_not_finite(float c, const Operand* a, const OperandRow<columns>* b, int column, int terms, int fraction) {
+    const auto value = [&](int significand, int exponent) {
+        if (exponent != not_finite_exponent) return std::ldexp(static_cast<double>(significand), exponent - fraction);
+        return std::abs(significand) == 1 << fraction ? significand * std::numeric_limits<double>::infinity()
+                                                      : std::numeric_limits<double>::quiet_NaN();
+    };
+    double sum = c;
     for (int k = 0; k < terms; ++k) {
-        const int e = a[k].exponent + b[k * stride_b].exponent;
-        largest = e > largest ? e : largest;
-        finite = finite && a[k].finite && b[k * stride_b].finite;
+        sum += value(a[k].significand, a[k].exponent) * value(b[k].significand[column], b[k].exponent[column]);
     }
-    if (!finite) {  // infinities and NaN as in IEEE arithmetic, NaN canonical
-        double sum = c;
-        for (int k = 0; k < terms; ++k) {
-            const auto value = [&](const Operand& o) {
-                if (o.finite) return std::ldexp(static_cast<double>(o.significand), o.exponent - fraction);
-                const bool nan = (o.significand < 0 ? -o.significand : o.significand) != 1 << fraction;
-                return nan ? std::numeric_limits<double>::quiet_NaN()
-                           : o.significand * std::numeric_limits<double>::infinity();
-            };
-            sum += value(a[k]) * value(b[k * stride_b]);
+    return static_cast<float>(sum);
+}
+
+// One step of `terms` products for a row of elements; `fraction`: that of the operands.
+template <int columns>
+void dot_add(float (&c)[columns], const Operand* a, const OperandRow<columns>* b, int terms, int fraction) {
+    const int bits = tensor_core.fraction_bits, scale = 1 << (bits - 2 * fraction);
+    int largest[columns], sum[2][columns];  // eight terms below 2^27 and the accumulator stay below 2^31
+    OperandRow<columns> old;
+    for (int n = 0; n < columns; ++n) old.set(n, operand(c[n]));
+    for (int n = 0; n < columns; ++n) largest[n] = std::max(old.exponent[n], smallest_exponent);
+    for (int k = 0; k < terms; ++k) {
+        for (int n = 0; n < columns; ++n) largest[n] = std::max(largest[n], a[k].exponent + b[k].exponent[n]);
+    }
+    for (int n = 0; n < columns; ++n) {
+        sum[0][n] = shift_right(old.significand[n] * (1 << (bits - 23)), largest[n] - old.exponent[n]);
+        sum[1][n] = 0;
+    }
+    for (int k = 0; k < terms; ++k) {
+        const int significand = a[k].significand * scale, exponent = a[k].exponent;
+        for (int n = 0; n < columns; ++n) {
+            sum[k / 8][n] += shift_right(significand * b[k].significand[n], largest[n] - exponent - b[k].exponent[n]);
         }
-        return static_cast<float>(sum);
     }
-    const int bits = tensor_core.fraction_bits;
-    int64_t sum = aligned(oc.significand, bits - 23, largest - oc.exponent);
-    for (int k = 0; k < terms; ++k) {
-        const Operand &x = a[k], &y = b[k * stride_b];
-        sum += aligned(int64_t{x.significand} * y.significand, bits - 2 * fraction, largest - x.exponent - y.exponent);
+    for (int n = 0; n < columns; ++n) {
+        const double total = static_cast<double>(sum[0][n]) + static_cast<double>(sum[1][n]);
+        c[n] = largest[n] <= largest_exponent ? round_toward_zero(total, largest[n] - bits)
+                                              : dot_add_not_finite(c[n], a, b, n, terms, fraction);
     }
-    return round_toward_zero(sum, largest - bits);
 }
 
 // c (rows x columns) += a (rows x 16) * b (16 x columns), all operands of one 16-bit type.
 template <int rows, int columns>
-void multiply_add(float (&c)[rows][columns], const Operand (&a)[rows][16], const Operand (&b)[16][columns],
+void multiply_add(float (&c)[rows][columns], const Operand (&a)[rows][16], const OperandRow<columns> (&b)[16],
                   int fraction) {
     for (int m = 0; m < rows; ++m) {
-        for (int n = 0; n < columns; ++n) {
-            for (int k = 0; k < 16; k += tensor_core.terms) {
-                c[m][n] = dot_add(&a[m][k], &b[k][n], columns, c[m][n], tensor_core.terms, fraction);
-            }
+        for (int k = 0; k < 16; k += tensor_core.terms) {
+            dot_add(c[m], &a[m][k], &b[k], tensor_core.terms, fraction);
         }
     }
 }

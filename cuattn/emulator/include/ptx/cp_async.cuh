@@ -6,7 +6,7 @@
 
 namespace cuattn::ptx {
 
-inline void cp_async_16(u32 to, const void* from, bool valid) { emulator::start_copy(to, from, 16, valid); }
+inline void cp_async_16(u32 to, const void* from, bool valid) { emulator::start_copy(to, from, valid); }
 
 inline void cp_async_commit() {
     emulator::Thread& me = emulator::current();

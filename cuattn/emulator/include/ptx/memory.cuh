@@ -6,11 +6,11 @@
 
 namespace cuattn::ptx {
 
-inline void* dynamic_shared() { return emulator::block->shared.bytes; }
+inline void* dynamic_shared() { return emulator::block->shared.bytes(); }
 
 inline u32 shared_address(const void* pointer) {
-    const auto offset = static_cast<const char*>(pointer) - emulator::block->shared.bytes;
-    if (offset < 0 || offset >= emulator::block->shared.size) emulator::fail("shared_address: not in shared memory");
+    const auto offset = static_cast<const char*>(pointer) - emulator::block->shared.bytes();
+    if (offset < 0 || offset >= emulator::block->shared.size()) emulator::fail("shared_address: not in shared memory");
     return static_cast<u32>(offset);
 }
 
@@ -27,6 +27,13 @@ inline uint4 load_shared_u32x4(u32 from) {
     return x;
 }
 inline void store_shared_u32(u32 to, u32 x) { emulator::store_shared(to, &x, 4); }
+
+inline int load_shared_s32(u32 from) {
+    int x;
+    emulator::load_shared(&x, from, 4);
+    return x;
+}
+inline void store_shared_s32(u32 to, int x) { emulator::store_shared(to, &x, 4); }
 
 inline void store_global_u32x4(void* to, uint4 x) { emulator::store_global(to, &x, 16); }
 

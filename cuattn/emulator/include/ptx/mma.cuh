@@ -18,15 +18,16 @@ void mma_m16n8k16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
         constexpr int fraction = bfloat16 ? 7 : 10;
         const auto element = [](u32 pair, int i) {
             const u16 bits = static_cast<u16>(pair >> (16 * i));
-            return emulator::operand(bfloat16 ? emulator::bf16_value(bits) : emulator::fp16_value(bits), fraction);
+            return bfloat16 ? emulator::bf16_operand(bits) : emulator::fp16_operand(bits);
         };
-        emulator::Operand a[16][16], b[16][8];
+        emulator::Operand a[16][16];
+        emulator::OperandRow<8> b[16];
         float c[16][8];
         for (int lane = 0; lane < 32; ++lane) {
             const auto& f = *static_cast<const Fragments*>(all[lane]);
             const int g = lane / 4, t = lane % 4;
             for (int i = 0; i < 8; ++i) a[g + (i / 2) % 2 * 8][2 * t + i % 2 + i / 4 * 8] = element(f.a[i / 2], i % 2);
-            for (int i = 0; i < 4; ++i) b[2 * t + i % 2 + i / 2 * 8][g] = element(f.b[i / 2], i % 2);
+            for (int i = 0; i < 4; ++i) b[2 * t + i % 2 + i / 2 * 8].set(g, element(f.b[i / 2], i % 2));
             for (int i = 0; i < 4; ++i) c[g + i / 2 * 8][2 * t + i % 2] = f.d[i];
         }
         emulator::multiply_add(c, a, b, fraction);

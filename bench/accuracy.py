@@ -1,0 +1,124 @@
+"""Accuracy on a GPU of cuattn and of torch SDPA's flash and cuDNN backends: errors against float64 on the same inputs.
+
+"unfused" is what a framework does without a fused kernel: scores and softmax in fp32, weights rounded to the dtype.
+The LSE error is cuattn's alone. Short problems are square; the long ones have few query rows that see all 32768 keys.
+Rounding a result to bf16 costs 1.65e-3 by itself, to fp16 2.1e-4. Exit status 1 if cuattn is less accurate than the
+rules of cuattn.testing allow beside the worst of the others.
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import peers
+from common import PROVENANCE, provenance, write_csv
+
+import cuattn
+from cuattn import config as configs
+
+#: Standard deviations of queries and keys, mean of the values.
+INPUTS = {
+    "normal": (1.0, 1.0, 0.0),
+    "q, k std 4": (4.0, 4.0, 0.0),
+    "q std 8": (8.0, 1.0, 0.0),
+    "q std 16": (16.0, 1.0, 0.0),
+    "v mean 1": (1.0, 1.0, 1.0),
+    "v mean 30": (1.0, 1.0, 30.0),
+}
+COLUMNS = (
+    *("inputs", "dtype", "head_dim", "mask", "heads", "len_q", "len_k", "provider"),
+    *("rel_l2", "bias", "max_error", "max_lse_error", *PROVENANCE),
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    inputs: str
+    dtype: str
+    head_dim: int
+    mask: str
+    heads: int
+    len_q: int
+    len_k: int
+
+    def tensors(self, device: str = "cuda") -> tuple[Any, Any, Any]:
+        import torch
+
+        q_std, k_std, v_mean = INPUTS[self.inputs]
+        shapes = [(1, self.heads, length, self.head_dim) for length in (self.len_q, self.len_k, self.len_k)]
+        q, k, v = (torch.randn(shape, device=device) for shape in shapes)
+        q, k, v = (x.to(getattr(torch, self.dtype)) for x in (q * q_std, k * k_std, v + v_mean))
+        return q, k, v
+
+
+def problems(length: int, long_rows: int, long_keys: int) -> Iterator[Problem]:
+    for dtype, head_dim, inputs in itertools.product(reversed(configs.DTYPES), configs.HEAD_DIMS, INPUTS):
+        for mask in configs.MASKS:
+            yield Problem(inputs, dtype, head_dim, mask, 4, length, length)
+        yield Problem(inputs, dtype, head_dim, "full", 4, long_rows, long_keys)
+
+
+def measure(problem: Problem, device: str = "cuda") -> tuple[list[dict[str, Any]], str | None]:
+    """A CSV row for each provider, and why cuattn is not accurate, or None."""
+    q, k, v = problem.tensors(device)
+    gold, gold_lse, unfused = peers.gold_and_unfused(q, k, v, problem.mask)
+    out, lse = cuattn.attention(q, k, v, problem.mask, return_lse=True)
+    others = {
+        **peers.available(q, k, v, problem.mask, lambda line: print(f"{problem}: {line}", flush=True)),
+        "unfused": unfused,
+    }
+    scale = float(gold.abs().mean())
+    rows = [
+        {
+            **asdict(problem),
+            "provider": name,
+            "rel_l2": f"{peers.relative_error(result, gold):.4e}",
+            "bias": f"{float(((result.double() - gold) * gold.sign()).mean()) / scale:.2e}",
+            "max_error": f"{peers.largest_error(result, gold):.3e}",
+        }
+        for name, result in {"cuattn": out, **others}.items()
+    ]
+    rows[0]["max_lse_error"] = f"{peers.largest_error(lse, gold_lse):.2e}"
+    return rows, peers.why_inaccurate(out, gold, others, problem.dtype)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--length", type=int, default=2048, help="of the square problems (default: %(default)s)")
+    parser.add_argument("--long-rows", type=int, default=128, help="(default: %(default)s)")
+    parser.add_argument("--long-keys", type=int, default=32768, help="(default: %(default)s)")
+    parser.add_argument("--csv", type=Path, help="file to write the rows to")
+    options = parser.parse_args()
+
+    import torch
+
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA device that torch can use")
+    torch.manual_seed(0)
+    facts = provenance()
+    print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
+    rows: list[dict[str, Any]] = []
+    bad = 0
+    for problem in problems(options.length, options.long_rows, options.long_keys):
+        measured, reason = measure(problem)
+        rows += [{**row, **facts} for row in measured]
+        errors = "  ".join(f"{row['provider']} {float(row['rel_l2']):.2e}" for row in measured)
+        size = f"{problem.len_q} x {problem.len_k}"
+        print(
+            f"{problem.dtype} d{problem.head_dim:<3} {problem.mask:6} {size:12} {problem.inputs:10} {errors}",
+            flush=True,
+        )
+        if reason:
+            bad += 1
+            print(f"  cuattn is NOT accurate: {reason}", flush=True)
+        if options.csv:
+            write_csv(options.csv, rows, COLUMNS)
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

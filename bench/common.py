@@ -1,0 +1,102 @@
+"""What the benchmarks share and needs no GPU: work counted, changed kernels, CSV files, facts about the machine."""
+
+import contextlib
+import csv
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from cuattn import env
+from cuattn.cli import machine
+
+ROOT = Path(__file__).resolve().parents[1]
+#: (file relative to the kernel folder, text that must be in it, text to put in its place)
+Substitution = tuple[str, str, str]
+
+
+def attention_flop(batch: int, heads: int, len_q: int, len_k: int, head_dim: int, mask: str) -> float:
+    """Floating-point operations that are counted: two products of 2 len_q len_k head_dim each; half of it for causal.
+
+    The half is the convention of other published figures; exact for long square problems, and it gives no credit for
+    the masked part of the tiles on the diagonal. Exponentials are not counted.
+    """
+    return 4 * batch * heads * len_q * len_k * head_dim * (0.5 if mask == "causal" else 1.0)
+
+
+@contextlib.contextmanager
+def changed_kernels(substitutions: Iterable[Substitution], source: Path | None = None) -> Iterator[Path]:
+    """Inside it cuattn compiles a temporary copy of the kernel folder, changed textually; yields the copy.
+
+    Raises ValueError if a text to replace is not there: the kernel has moved on, and the change would do nothing.
+    """
+    before = os.environ.get(env.KERNEL_DIR)
+    with tempfile.TemporaryDirectory(prefix="cuattn-kernels-") as folder:
+        shutil.copytree(source or env.kernel_dir(), folder, dirs_exist_ok=True)
+        for name, old, new in substitutions:
+            file = Path(folder, name)
+            text = file.read_text(encoding="utf-8")
+            if old not in text:
+                raise ValueError(f"{name}: expected to hold {old!r}")
+            file.write_text(text.replace(old, new), encoding="utf-8")
+        os.environ[env.KERNEL_DIR] = folder
+        try:
+            yield Path(folder)
+        finally:
+            if before is None:
+                del os.environ[env.KERNEL_DIR]
+            else:
+                os.environ[env.KERNEL_DIR] = before
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
+    """Rows under ``columns``; a key that is not among them is an error, a missing one an empty cell."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def commit() -> str:
+    """The checkout's commit, with "+" if files differ from it; without git the variable COMMIT, or "unknown"."""
+    try:
+        git = ["git", "-C", str(ROOT)]
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("COMMIT", "unknown")
+    return head.stdout.strip() + "+" * bool(changes.stdout)
+
+
+#: The keys of `provenance`: columns at the end of every GPU benchmark's CSV.
+PROVENANCE = ("gpu", "driver", "torch", "cudnn", "cupy", "nvrtc", "commit", "contract")
+
+
+def provenance() -> dict[str, str]:
+    """What a figure measured on a GPU depends on; needs torch, and says "none" for what is missing."""
+    import torch
+
+    versions = machine.versions()
+    on_gpu = torch.cuda.is_available()
+    return {
+        "gpu": torch.cuda.get_device_name() if on_gpu else "none",
+        "driver": _driver(),
+        "torch": torch.__version__,
+        "cudnn": str(torch.backends.cudnn.version()) if on_gpu else "none",
+        "cupy": versions["cupy"],
+        "nvrtc": versions["nvrtc"],
+        "commit": commit(),
+        "contract": versions["contract"],
+    }
+
+
+def _driver() -> str:
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "none"

@@ -1,0 +1,175 @@
+"""Everything that needs a GPU, in one call: tests, compute-sanitizer, checks, benchmarks. Needs no network.
+
+    python3 bench/gpu_suite.py FOLDER [STEP...]     all steps, or those that are named
+
+runs with this interpreter, which needs CuPy, torch for CUDA, ml_dtypes and pytest with its plugins xdist and timeout.
+FOLDER gets log.txt (all output), summary.txt, forward.csv, accuracy.csv, jit_time.csv and check.json. The variable
+COMMIT says which commit to note in the CSV files where there is no git. A planted_* step passes if compute-sanitizer
+finds the bug that was planted. Exit status 0 if all steps passed.
+"""
+
+import argparse
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import ROOT
+
+from cuattn import env
+
+#: Exit status of compute-sanitizer when it has found something.
+FOUND = 99
+VERSIONS = """
+import subprocess, torch
+print("torch", torch.__version__, torch.cuda.get_device_name(), "cuDNN", torch.backends.cudnn.version())
+for command in (["nvidia-smi"], ["compute-sanitizer", "--version"], ["g++", "--version"]):
+    subprocess.run(command, check=True)
+"""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command, the most seconds that it may take, the status that it must end with, the last lines that are shown."""
+
+    name: str
+    seconds: int
+    command: tuple[str, ...]
+    status: int = 0
+    shown: int = 3
+
+
+def python(*arguments: str) -> tuple[str, ...]:
+    return sys.executable, *arguments
+
+
+def pytest(*arguments: str) -> tuple[str, ...]:
+    return python("-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments)
+
+
+def sanitize(tool: str, *arguments: str) -> tuple[str, ...]:
+    # What counts is what kernels do: libraries make calls of the API of which they expect that they may fail.
+    options = ["--error-exitcode", str(FOUND), "--target-processes", "all", "--report-api-errors", "no"]
+    options += ["--padding", "4096"] if tool == "memcheck" else []
+    return "compute-sanitizer", "--tool", tool, "--print-limit", "5", *options, *python("bench/sanitize.py", *arguments)
+
+
+def all_steps(folder: Path) -> list[Step]:
+    """In the order of their worth: what comes last may find no time left."""
+
+    def bench(name: str, *arguments: str) -> tuple[str, ...]:
+        return python(f"bench/{name}.py", *arguments, "--csv", str(folder / f"{name}.csv"))
+
+    def planted(tool: str, bug: str, head_dim: str) -> Step:
+        return Step(f"planted_{bug}", 40, sanitize(tool, "--plant", bug, "--head-dim", head_dim), FOUND)
+
+    check = python("-m", "cuattn", "check", "--backend", "cuda", "--json", str(folder / "check.json"))
+    workers = str(max(1, (os.cpu_count() or 1) - 2))
+    return [
+        Step("versions", 60, python("-c", VERSIONS), shown=0),
+        Step("info", 30, python("-m", "cuattn", "info"), shown=20),
+        Step("tests_gpu", 150, pytest("-m", "gpu", "-n", "4"), shown=8),
+        Step("memcheck", 60, sanitize("memcheck")),
+        planted("memcheck", "write", "64"),
+        planted("memcheck", "read", "64"),
+        Step("racecheck", 90, sanitize("racecheck")),
+        planted("racecheck", "overlap", "64"),
+        planted("racecheck", "barrier", "128"),
+        Step("check", 120, check, shown=5),
+        Step("forward", 120, bench("forward"), shown=12),
+        Step("accuracy", 60, bench("accuracy")),
+        Step("jit_time", 60, bench("jit_time", "--repeats", "3"), shown=4),
+        # the tests of the wheel need an index
+        Step("tests_rest", 240, pytest("-m", "not gpu", "-n", workers, "--ignore", "tests/test_package.py"), shown=8),
+    ]
+
+
+def run(step: Step, seconds: float, output: Path, cache: str) -> int:
+    """The command's exit status, 124 if it ran out of time; it and all that it started have ended then."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    variables = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", env.CACHE_DIR: cache}
+    with output.open("wb") as file:
+        try:
+            process = subprocess.Popen(
+                step.command,
+                cwd=ROOT,
+                env=variables,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            file.write(f"{error}\n".encode())
+            return 127
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return 124
+
+
+def last_lines(text: str, count: int) -> list[str]:
+    lines = text.rstrip().splitlines()
+    return lines[max(0, len(lines) - count) :]
+
+
+def run_all(steps: list[Step], folder: Path, seconds: float) -> list[str]:
+    """Runs the steps one after another within ``seconds``; a line of the summary for each."""
+    deadline = time.monotonic() + seconds
+    lines = []
+    with tempfile.TemporaryDirectory(prefix="cuattn-suite-") as scratch, (folder / "log.txt").open("w") as log:
+        for step in steps:
+            start = time.monotonic()
+            limit = min(step.seconds, deadline - start)
+            if limit < 5:
+                lines.append(f"{step.name:16} NOT RUN, no time left")
+                continue
+            output = Path(scratch, "output")
+            status = run(step, limit, output, str(Path(scratch, "cache")))
+            text = output.read_text(encoding="utf-8", errors="replace")
+            verdict = "passed" if status == step.status else f"FAILED, expected {step.status}"
+            late = f", stopped after {limit:.0f} s" if status == 124 else ""
+            lines.append(f"{step.name:16} {time.monotonic() - start:6.1f} s  exit status {status:3}  {verdict}{late}")
+            log.write(f"==== {lines[-1]}\n$ {shlex.join(step.command)}\n{text}\n")
+            log.flush()
+            (folder / "summary.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            shown = step.shown if status == step.status else 20
+            print(
+                "\n".join(["", f"==== {lines[-1]}", *text.splitlines()[len(text.splitlines()) - shown :]]), flush=True
+            )
+    (folder / "summary.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where results go")
+    parser.add_argument("steps", nargs="*", metavar="STEP", help="one of " + ", ".join(s.name for s in all_steps(ROOT)))
+    parser.add_argument("--seconds", type=float, default=530, help="for all steps together (default: %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="only print the commands")
+    options = parser.parse_args()
+
+    folder = options.folder.resolve()
+    steps = all_steps(folder)
+    unknown = set(options.steps) - {step.name for step in steps}
+    if unknown:
+        parser.error(f"STEP: got {', '.join(sorted(unknown))}, expected some of {', '.join(s.name for s in steps)}")
+    chosen = [step for step in steps if not options.steps or step.name in options.steps]
+    if options.dry_run:
+        print("\n".join(f"{step.name:16} {step.seconds:4} s  {shlex.join(step.command)}" for step in chosen))
+        return 0
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = run_all(chosen, folder, options.seconds)
+    print("\n" + "\n".join(lines))
+    return int(any(" passed" not in line for line in lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""torch on the device: the peers that cuattn is measured beside, and the answers that it is judged by."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from cuattn.testing.accuracy import ERROR_RATIO
+
+#: Name -> member of torch.nn.attention.SDPBackend.
+SDPA = {"flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION"}
+#: Relative L2 error of rounding normal numbers to the dtype: no output can be asked to be better.
+ROUNDING = {"float16": 0.21 * 2.0**-10, "bfloat16": 0.21 * 2.0**-7}
+#: Scores that the answers below hold at a time, in elements.
+_SCORES = 1 << 27
+
+
+@contextlib.contextmanager
+def only(name: str) -> Iterator[None]:
+    """Inside it `torch.nn.functional.scaled_dot_product_attention` uses this backend or raises RuntimeError."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(getattr(SDPBackend, SDPA[name])):
+        yield
+
+
+def sdpa(q: Any, k: Any, v: Any, mask: str) -> Any:
+    """torch SDPA. Its causal mask is aligned top-left, so that only square problems mean the same as cuattn's."""
+    import torch
+
+    if mask == "causal" and q.shape[2] != k.shape[2]:
+        raise ValueError(f"mask: got causal with {q.shape[2]} queries and {k.shape[2]} keys, expected as many of both")
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=mask == "causal")
+
+
+def available(q: Any, k: Any, v: Any, mask: str, report: Callable[[str], None] = print) -> dict[str, Any]:
+    """Outputs of those peers that can compute this problem; for each other one a line to ``report`` says why."""
+    attempts = {name: _attempt(name, q, k, v, mask) for name in SDPA}
+    for name, attempt in attempts.items():
+        if isinstance(attempt, Exception):
+            reason = str(attempt).strip().partition("\n")[0]
+            report(f"without SDPA {name}: {type(attempt).__name__}: {reason}")
+    return {name: attempt for name, attempt in attempts.items() if not isinstance(attempt, Exception)}
+
+
+def _attempt(name: str, q: Any, k: Any, v: Any, mask: str) -> Any:
+    """The peer's output, or the exception that it ran into."""
+    import torch
+
+    try:
+        with only(name):
+            out = sdpa(q, k, v, mask)
+        if q.is_cuda:
+            torch.cuda.synchronize()
+    except Exception as error:  # whatever a peer runs into, the others go on
+        return error
+    return out
+
+
+def gold_and_unfused(q: Any, k: Any, v: Any, mask: str) -> tuple[Any, Any, Any]:
+    """(out and LSE in float64, out of the unfused peer in q's dtype) for q (B, H, Lq, D), k and v (B, H, Lk, D).
+
+    The unfused peer is what a framework does without a fused kernel: scores and softmax in fp32, weights rounded to the
+    dtype. The scores are computed in slices of the query rows. TF32 must be off, as it is by default in torch.
+    """
+    import torch
+
+    batch, heads, rows, head_dim = q.shape
+    keys = k.shape[2]
+    scale = head_dim**-0.5
+    gold = torch.empty(q.shape, dtype=torch.float64, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float64, device=q.device)
+    unfused = torch.empty_like(q)
+    step = max(1, _SCORES // (heads * keys))
+    column = torch.arange(keys, device=q.device)
+    for item in range(batch):
+        for first in range(0, rows, step):
+            part = slice(first, min(first + step, rows))
+            visible = torch.full((part.stop - first,), keys, device=q.device)
+            if mask == "causal":
+                visible = torch.arange(first, part.stop, device=q.device) + keys - rows + 1
+            hidden = column >= visible[:, None]
+            for dtype in (torch.float64, torch.float32):
+                query, key, value = q[item, :, part].to(dtype), k[item].to(dtype), v[item].to(dtype)
+                scores = (scale * (query @ key.mT)).masked_fill_(hidden, -torch.inf)
+                if dtype == torch.float64:
+                    lse[item, :, part] = scores.logsumexp(-1)
+                    gold[item, :, part] = scores.softmax(-1) @ value
+                else:
+                    weights = scores.softmax(-1).to(q.dtype).to(dtype)
+                    unfused[item, :, part] = (weights @ value).to(q.dtype)
+                del scores
+    return gold, lse, unfused
+
+
+def relative_error(out: Any, gold: Any) -> float:
+    """``|out - gold| / |gold|`` in the Euclidean norm; NaN if there is one in ``out``."""
+    return float((out.double() - gold).norm() / gold.norm())
+
+
+def largest_error(out: Any, gold: Any) -> float:
+    return float((out.double() - gold).abs().max())
+
+
+def why_inaccurate(out: Any, gold: Any, references: dict[str, Any], dtype: str) -> str | None:
+    """None if ``out`` is about as accurate as the worst of the ``references``, by the rules of cuattn.testing."""
+    worst = max(relative_error(reference, gold) for reference in references.values())
+    error, allowed = relative_error(out, gold), ERROR_RATIO * max(worst, ROUNDING[dtype])
+    if not error <= allowed:
+        return f"relative L2 error {error:.3g}, allowed {allowed:.3g}"
+    unit = 2.0 ** (-7 if dtype == "bfloat16" else -10) * float(gold.abs().max())
+    element = largest_error(out, gold)
+    allowed = 2 * max(largest_error(reference, gold) for reference in references.values()) + unit
+    return None if element <= allowed else f"an element is off by {element:.3g}, allowed {allowed:.3g}"
+
+
+def why_not_invariant(attention: Callable[..., Any], q: Any, k: Any, v: Any, mask: str, out: Any) -> str | None:
+    """None if parts of the problem computed alone have the bits that they have in ``out``, the result of the whole."""
+    import torch
+
+    middle = q.shape[2] // 2
+    whole = slice(None)
+    cuts: dict[str, tuple[slice, slice, slice]] = {
+        "the last sequence": (slice(-1, None), whole, whole),
+        "the first head": (whole, slice(0, 1), whole),
+        "the second half of the rows": (slice(-1, None), whole, slice(middle, None)),
+        "the last row": (slice(-1, None), slice(-1, None), slice(-1, None)),
+        "the whole problem again": (whole, whole, whole),
+    }
+    for name, (items, heads, rows) in cuts.items():
+        alone = attention(q[items, heads, rows], k[items, heads], v[items, heads], mask)
+        if not torch.equal(alone.view(torch.int16), out[items, heads, rows].contiguous().view(torch.int16)):
+            return f"other bits for {name}"
+    return None

@@ -1,0 +1,354 @@
+"""Bad input: refused before anything is allocated or launched, by an error that names argument, got and expected."""
+
+import dataclasses
+import math
+import re
+from fractions import Fraction
+from types import SimpleNamespace
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from backends import REFERENCE, attention_on, on_every_backend
+from interop_arrays import Foreign
+
+import cuattn
+from cuattn import api, checks
+from cuattn.config import select_config
+from cuattn.interop import Device, Tensor, import_tensor
+from cuattn.interop.dlpack import DlpackFramework
+from cuattn.interop.numpy_ import NumpyFramework
+from cuattn.interop.torch_ import TorchFramework
+from cuattn.schedule import plan_forward
+from cuattn.testing.subject import Operation
+
+CUDA = Device("cuda", 0)
+
+
+def zeros(*shape: int, dtype: Any = np.float16) -> np.ndarray:
+    return np.zeros(shape, dtype)
+
+
+def shifted(elements: int, dtype: Any = np.float16) -> np.ndarray:
+    """(1, 2, 5, 64), its memory ``elements`` elements behind a multiple of 64 bytes."""
+    memory = np.zeros(1024, dtype)
+    start = -memory.ctypes.data % 64 // memory.itemsize + elements
+    return memory[start : start + 640].reshape(1, 2, 5, 64)
+
+
+@pytest.fixture
+def refusal(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Calls attention and returns its exception; fails if anything is allocated or launched."""
+
+    def fail(*args: Any, **options: Any) -> None:
+        pytest.fail("allocated or launched something", pytrace=False)
+
+    monkeypatch.setattr(api, "_run", fail)
+    for framework in (NumpyFramework, TorchFramework, DlpackFramework):
+        monkeypatch.setattr(framework, "empty", fail)
+
+    def call(q: Any = None, k: Any = None, v: Any = None, *args: Any, **options: Any) -> Exception:
+        q = zeros(1, 2, 5, 64) if q is None else q
+        k = zeros(1, 2, 7, 64) if k is None else k
+        v = np.array(k) if v is None and isinstance(k, np.ndarray) else k if v is None else v
+        with pytest.raises((ValueError, TypeError, NotImplementedError)) as caught:
+            cuattn.attention(q, k, v, *args, **options)
+        return caught.value
+
+    return call
+
+
+def assert_says(error: Exception, kind: type[Exception], argument: str, got: str, expected: str) -> None:
+    """``argument: got <got>, expected <expected>``."""
+    assert type(error) is kind
+    assert re.fullmatch(
+        rf"{argument}: got [^\n]*{re.escape(got)}, expected [^\n]*{re.escape(expected)}[^\n]*", str(error)
+    )
+
+
+class TestArrays:
+    @pytest.mark.parametrize("dtype", ["float32", "float64", "int64", "int8", "uint16", "bool", ">f2", "complex64"])
+    @pytest.mark.parametrize("name", ["q", "k", "v"])
+    def test_dtype(self, refusal: Any, name: str, dtype: str) -> None:
+        wrong = {name: zeros(1, 2, 5, 64, dtype=dtype)}
+        assert_says(refusal(**wrong), TypeError, name, f"dtype {dtype}", "float16 or bfloat16")
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.float8_e4m3fn])
+    def test_torch_dtype(self, refusal: Any, dtype: torch.dtype) -> None:
+        q = torch.zeros(1, 2, 5, 64, dtype=dtype)
+        got = str(dtype).removeprefix("torch.")
+        assert_says(refusal(q, q), TypeError, "q", f"dtype {got}", "float16 or bfloat16")
+
+    @pytest.mark.parametrize("name", ["k", "v"])
+    def test_mixed_dtypes(self, refusal: Any, name: str) -> None:
+        wrong = {name: zeros(1, 2, 7, 64, dtype=ml_dtypes.bfloat16)}
+        assert_says(refusal(**{"v": zeros(1, 2, 7, 64)} | wrong), TypeError, name, "dtype bfloat16", "q's float16")
+
+    @pytest.mark.parametrize("name", ["k", "v"])
+    @pytest.mark.parametrize(("make", "library"), [(torch.zeros, "torch"), (jnp.zeros, "dlpack")])
+    def test_mixed_libraries(self, refusal: Any, name: str, make: Any, library: str) -> None:
+        wrong = {name: make((1, 2, 7, 64), dtype=torch.float16 if library == "torch" else jnp.float16)}
+        error = refusal(**{"v": zeros(1, 2, 7, 64)} | wrong)
+        assert_says(error, TypeError, name, f"a {library} array", "numpy like q")
+
+    @pytest.mark.parametrize("name", ["k", "v"])
+    def test_mixed_devices(self, refusal: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        def moved(array: Any, argument: str) -> Tensor:
+            tensor = import_tensor(array, argument)
+            return dataclasses.replace(tensor, device=CUDA) if argument == name else tensor
+
+        monkeypatch.setattr(checks, "import_tensor", moved)
+        assert_says(refusal(), ValueError, name, "device cuda:0", "q's cpu")
+
+    @pytest.mark.parametrize("shape", [(), (64,), (5, 64), (2, 5, 64), (1, 1, 2, 5, 64)])
+    @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+    @pytest.mark.parametrize("name", ["q", "k", "v"])
+    def test_rank(self, refusal: Any, name: str, layout: str, shape: tuple[int, ...]) -> None:
+        error = refusal(**{name: zeros(*shape)}, layout=layout)
+        if name == "k" and len(shape) != 4:
+            error = refusal(k=zeros(*shape), v=zeros(1, 2, 7, 64), layout=layout)
+        assert_says(error, ValueError, name, f"shape {shape}", f"4 dimensions ({', '.join(layout.upper())})")
+
+    @pytest.mark.parametrize("thing", [None, 3.0, "q", [[[[1.0]]]], object(), SimpleNamespace(shape=(1, 1, 1, 64))])
+    def test_no_array(self, refusal: Any, thing: Any) -> None:
+        with pytest.raises(TypeError, match=rf"k: got {type(thing).__name__}, expected a torch, CuPy or NumPy array"):
+            cuattn.attention(zeros(1, 2, 5, 64), thing, zeros(1, 2, 7, 64))
+
+    def test_memory_of_no_cpu_or_gpu(self, refusal: Any) -> None:
+        meta = torch.zeros(1, 2, 5, 64, dtype=torch.float16, device="meta")
+        assert_says(refusal(meta, meta), TypeError, "q", "a tensor on device meta", "CPU or CUDA memory")
+
+    def test_gpu_arrays_on_a_cpu_backend(self, refusal: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(
+            checks, "import_tensor", lambda a, name: dataclasses.replace(import_tensor(a, name), device=CUDA)
+        )
+        for backend in ("reference", "emulator"):
+            with cuattn.use_backend(backend):
+                assert_says(refusal(), ValueError, "q", "device cuda:0", f"a cpu device for the backend {backend!r}")
+
+    def test_cpu_arrays_on_the_cuda_backend(self, refusal: Any) -> None:
+        with cuattn.use_backend("cuda"):
+            assert_says(refusal(), ValueError, "q", "device cpu", "a cuda device for the backend 'cuda'")
+
+
+class TestShapes:
+    @pytest.mark.parametrize("head_dim", [8, 16, 72, 80, 96, 192, 256])
+    def test_head_dims_of_a_later_release(self, refusal: Any, head_dim: int) -> None:
+        error = refusal(zeros(1, 2, 5, head_dim), zeros(1, 2, 7, head_dim))
+        assert_says(error, NotImplementedError, "q", f"head dim {head_dim}", "one of 64, 128 in this release")
+
+    @pytest.mark.parametrize("head_dim", [0, 1, 4, 63, 65, 100, 264, 512])
+    def test_head_dims_of_no_release(self, refusal: Any, head_dim: int) -> None:
+        error = refusal(zeros(1, 2, 5, head_dim), zeros(1, 2, 7, head_dim))
+        assert_says(error, ValueError, "q", f"head dim {head_dim}", "one of 64, 128")
+
+    @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 4), (3, 2), (4, 3), (1, 0)])
+    def test_heads_that_do_not_divide(self, refusal: Any, heads: int, kv_heads: int) -> None:
+        error = refusal(zeros(1, heads, 5, 64), zeros(1, kv_heads, 7, 64))
+        assert_says(error, ValueError, "q", f"{heads} heads", f"a multiple of the {kv_heads} heads of k and v")
+
+    def test_heads_are_found_by_the_layout(self, refusal: Any) -> None:
+        error = refusal(zeros(1, 5, 3, 64), zeros(1, 7, 2, 64), layout="bshd")
+        assert_says(error, ValueError, "q", "3 heads", "a multiple of the 2 heads of k and v")
+
+    @pytest.mark.parametrize("shape", [(2, 2, 7, 64), (1, 1, 7, 64), (1, 2, 6, 64), (1, 2, 7, 128)])
+    def test_keys_and_values_of_other_shapes(self, refusal: Any, shape: tuple[int, ...]) -> None:
+        error = refusal(v=zeros(*shape))
+        assert_says(error, ValueError, "v", f"{shape}", "k's (1, 2, 7, 64)")
+
+    def test_batch_and_head_dim_of_the_keys(self, refusal: Any) -> None:
+        assert_says(refusal(k=zeros(3, 2, 7, 64)), ValueError, "k", "batch size 3", "q's 1")
+        assert_says(refusal(k=zeros(1, 2, 7, 128)), ValueError, "k", "head dim 128", "q's 64")
+
+    @pytest.mark.parametrize("name", ["q", "k"])
+    def test_lengths_beyond_32_bits(self, refusal: Any, name: str) -> None:
+        long = torch.zeros(1, 1, 1, 64, dtype=torch.float16).expand(1, 1, 2**31, 64)
+        short = torch.zeros(1, 1, 1, 64, dtype=torch.float16)
+        error = refusal(long, short) if name == "q" else refusal(short, long)
+        assert_says(error, ValueError, name, f"shape {tuple(long.shape)}", "dimensions of at most 2147479552")
+
+    def test_more_blocks_than_a_launch_has(self) -> None:
+        q = torch.zeros(1, 1, 1, 64, dtype=torch.float16).expand(2**16, 2**15, 1, 64)
+        problem = checks.check_attention(q, q, q, "full", None, None, "bhsd", None)
+        config = select_config(64, "full", "float16", "sm_80")
+        lse = dataclasses.replace(problem.query, shape=problem.query.shape[:3])
+        with pytest.raises(ValueError, match=r"^q: got 2147483648 tiles of \d+ rows, expected at most 2147483647$"):
+            plan_forward(config, problem, problem.query, lse)
+
+
+class TestOptions:
+    @pytest.mark.parametrize("mask", ["Causal", "", "window", "padding"])
+    def test_unknown_mask(self, refusal: Any, mask: str) -> None:
+        assert_says(refusal(mask=mask), ValueError, "mask", repr(mask), "one of 'full', 'causal'")
+
+    @pytest.mark.parametrize("mask", [True, 1, zeros(5, 7), ["causal"]])
+    def test_mask_that_is_no_name(self, refusal: Any, mask: Any) -> None:
+        assert_says(refusal(mask=mask), TypeError, "mask", type(mask).__name__, "one of 'full', 'causal'")
+
+    def test_layout(self, refusal: Any) -> None:
+        assert_says(refusal(layout="sbhd"), ValueError, "layout", "'sbhd'", "one of 'bhsd', 'bshd'")
+        assert_says(refusal(layout=None), TypeError, "layout", "NoneType", "one of 'bhsd', 'bshd'")
+
+    @pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf, np.float32("inf"), 10**400, Fraction(10**400)])
+    def test_scale_that_is_not_finite(self, refusal: Any, scale: Any) -> None:
+        error = refusal(scale=scale)
+        assert type(error) is ValueError
+        assert re.fullmatch(r"scale: got .+, expected None or a finite float", str(error))
+
+    @pytest.mark.parametrize("scale", ["0.5", "x", True, 1j, [0.5], zeros(1), torch.tensor(0.5)])
+    def test_scale_that_is_no_number(self, refusal: Any, scale: Any) -> None:
+        """A tensor is refused: reading it would wait for its device."""
+        assert_says(refusal(scale=scale), TypeError, "scale", type(scale).__name__, "None or a finite float")
+
+    @pytest.mark.parametrize("num_splits", [0, -1, 1.5, 2.0, True, False, "2", (2,)])
+    def test_num_splits(self, refusal: Any, num_splits: Any) -> None:
+        error = refusal(num_splits=num_splits)
+        assert_says(error, ValueError, "num_splits", repr(num_splits), "None or a positive int")
+
+    def test_key_padding_mask_is_of_a_later_release(self, refusal: Any) -> None:
+        error = refusal(key_padding_mask=np.ones((1, 7), bool))
+        assert_says(error, NotImplementedError, "key_padding_mask", "a mask", "None in this release")
+
+
+class TestMemory:
+    @pytest.mark.parametrize("name", ["q", "k", "v"])
+    def test_last_dimension(self, refusal: Any, name: str) -> None:
+        wrong = {name: zeros(1, 2, 7, 128)[..., ::2]}
+        assert_says(refusal(**wrong), ValueError, name, "stride 2 in the last dimension", "1 (contiguous)")
+        wrong = {name: zeros(1, 2, 7, 64)[..., ::-1]}
+        assert_says(refusal(**wrong), ValueError, name, "stride -1 in the last dimension", "1 (contiguous)")
+        wrong = {name: np.broadcast_to(zeros(1, 2, 7, 1), (1, 2, 7, 64))}
+        assert_says(
+            refusal(**{"v": zeros(1, 2, 7, 64)} | wrong),
+            ValueError,
+            name,
+            "stride 0 in the last dimension",
+            "1 (contiguous)",
+        )
+
+    @pytest.mark.parametrize("elements", [1, 2, 4])
+    def test_pointer(self, refusal: Any, elements: int) -> None:
+        got = f"memory at a multiple of {2 * elements} bytes"
+        assert_says(refusal(shifted(elements)), ValueError, "q", got, "16")
+        assert_says(refusal(out=shifted(elements)), ValueError, "out", got, "16")
+
+    @pytest.mark.parametrize(
+        ("shape", "columns"), [((1, 1, 5), 68), ((1, 5, 1), 65), ((5, 1, 1), 66)], ids=["token", "head", "batch"]
+    )
+    def test_strides(self, refusal: Any, shape: tuple[int, ...], columns: int) -> None:
+        view, k = zeros(*shape, columns)[..., :64], zeros(shape[0], shape[1], 7, 64)
+        got, expected = f"a stride of {columns} elements", "a multiple of 8 (16 bytes) outside of the last dimension"
+        assert_says(refusal(view, k), ValueError, "q", got, expected)
+        assert_says(refusal(view, k, v=view), ValueError, "v", f"{view.shape}", f"k's {k.shape}")
+        assert_says(refusal(k.copy(), view), ValueError, "k", got, expected)
+        assert_says(refusal(zeros(*view.shape), k, out=view), ValueError, "out", got, expected)
+
+    @on_every_backend
+    def test_strides_of_single_elements_do_not_matter(self, attention: Operation) -> None:
+        """Also what frameworks leave there: any number at all."""
+        q, k, v = np.random.default_rng(0).standard_normal((3, 1, 1, 1, 64)).astype(np.float16)
+        odd = np.lib.stride_tricks.as_strided
+        views = [odd(x, (1, 1, 1, 64), (6, 10, 14, 2)) for x in (q, k, v)]
+        np.testing.assert_array_equal(attention(*views), attention(q, k, v))
+        out = odd(np.full_like(q, np.nan), (1, 1, 1, 64), (6, 10, 14, 2))
+        assert attention(q, k, v, out=out) is out
+        np.testing.assert_array_equal(out, attention(q, k, v))
+
+
+class TestOut:
+    @pytest.mark.parametrize(
+        ("out", "kind", "got", "expected"),
+        [
+            (zeros(1, 2, 7, 64), ValueError, "shape (1, 2, 7, 64)", "(1, 2, 5, 64)"),
+            (zeros(2, 5, 64), ValueError, "shape (2, 5, 64)", "(1, 2, 5, 64)"),
+            (zeros(1, 2, 5, 64, dtype=np.float32), TypeError, "dtype float32", "float16"),
+            (zeros(1, 2, 5, 64, dtype=ml_dtypes.bfloat16), TypeError, "dtype bfloat16", "float16"),
+            (torch.zeros(1, 2, 5, 64, dtype=torch.float16), TypeError, "array library torch", "numpy"),
+            (Foreign(zeros(1, 2, 5, 64)), TypeError, "array library dlpack", "numpy"),
+            (np.broadcast_to(zeros(1, 1, 5, 64), (1, 2, 5, 64)), ValueError, "read-only memory", "memory to write to"),
+            (zeros(1, 2, 5, 128)[..., ::2], ValueError, "stride 2 in the last dimension", "1 (contiguous)"),
+            (zeros(1, 2, 5, 68)[..., :64], ValueError, "a stride of 340 elements", "a multiple of 8"),
+        ],
+    )
+    def test_other_than_the_result(self, refusal: Any, out: Any, kind: Any, got: str, expected: str) -> None:
+        assert_says(refusal(out=out), kind, "out", got, expected)
+
+    def test_no_array(self, refusal: Any) -> None:
+        error = refusal(out=[0.0])
+        assert str(error).startswith("out: got list, expected a torch, CuPy or NumPy array")
+
+    def test_shape_in_the_callers_layout(self, refusal: Any) -> None:
+        error = refusal(zeros(1, 5, 2, 64), zeros(1, 7, 2, 64), out=zeros(1, 2, 5, 64), layout="bshd")
+        assert_says(error, ValueError, "out", "shape (1, 2, 5, 64)", "(1, 5, 2, 64)")
+
+    def test_device(self, refusal: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        def moved(array: Any, argument: str) -> Tensor:
+            tensor = import_tensor(array, argument)
+            return dataclasses.replace(tensor, device=CUDA) if argument == "out" else tensor
+
+        monkeypatch.setattr(checks, "import_tensor", moved)
+        assert_says(refusal(out=zeros(1, 2, 5, 64)), ValueError, "out", "device cuda:0", "cpu")
+
+    def test_immutable_arrays(self, refusal: Any) -> None:
+        q = jnp.zeros((1, 2, 5, 64), jnp.float16)
+        error = refusal(q, q, out=jnp.zeros((1, 2, 5, 64), jnp.float16))
+        assert_says(error, ValueError, "out", "read-only memory", "memory to write to")
+
+    @pytest.mark.parametrize("strides", [(640, 0, 64, 1), (640, 320, 0, 1), (640, 320, 8, 1), (640, 64, 64, 1)])
+    def test_elements_that_share_memory(self, refusal: Any, strides: tuple[int, ...]) -> None:
+        memory = torch.zeros(640, dtype=torch.float16)
+        q, k = torch.zeros(1, 2, 5, 64).half(), torch.zeros(1, 2, 7, 64).half()
+        error = refusal(q, k, out=memory.as_strided((1, 2, 5, 64), strides))
+        assert_says(error, ValueError, "out", "", "memory of its own for every element")
+
+    @pytest.mark.parametrize("name", ["q", "k", "v"])
+    @pytest.mark.parametrize("rows", [0, 1, -1])
+    def test_memory_of_an_input(self, refusal: Any, name: str, rows: int) -> None:
+        """The same memory, and some rows before or behind it."""
+        memory = zeros(1, 1, 9, 64)
+        arrays = {x: zeros(1, 1, 7, 64) for x in "qkv"} | {name: memory[:, :, 1:8]}
+        error = refusal(**arrays, out=memory[:, :, 1 + rows : 8 + rows])
+        assert_says(error, ValueError, "out", f"the memory of {name}", "memory of its own")
+
+    def test_between_the_rows_of_an_input(self) -> None:
+        """Views of one array that share no element."""
+        attention = attention_on(REFERENCE)
+        memory = np.random.default_rng(0).standard_normal((1, 1, 6, 2, 64)).astype(np.float16)
+        q, out = memory[:, :, :, 0], memory[:, :, :, 1]
+        expected = attention(q.copy(), q.copy(), q.copy())
+        assert attention(q, q, q, out=out) is out
+        np.testing.assert_array_equal(out, expected)
+
+
+class TestNothing:
+    """No rows, no keys, no heads, no batch."""
+
+    @on_every_backend
+    @pytest.mark.parametrize("shape", [(0, 2, 5, 64), (3, 0, 5, 64), (3, 2, 0, 64)], ids=["batch", "heads", "rows"])
+    @pytest.mark.parametrize("mask", ["full", "causal"])
+    def test_no_rows(self, attention: Operation, shape: tuple[int, ...], mask: str) -> None:
+        k = zeros(shape[0], shape[1], 7, 64)
+        out, lse = attention(zeros(*shape), k, k.copy(), mask, return_lse=True)
+        assert (out.shape, out.dtype, lse.shape, lse.dtype) == (shape, np.float16, shape[:3], np.float32)
+        given = zeros(*shape)
+        assert attention(zeros(*shape), k, k.copy(), mask, out=given) is given
+
+    @on_every_backend
+    @pytest.mark.parametrize("mask", ["full", "causal"])
+    def test_no_keys(self, attention: Operation, mask: str) -> None:
+        out = np.full((3, 2, 5, 64), np.nan, np.float16)
+        _, lse = attention(zeros(3, 2, 5, 64), zeros(3, 1, 0, 64), zeros(3, 1, 0, 64), mask, return_lse=True, out=out)
+        assert not out.view(np.uint16).any()
+        assert (lse == -np.inf).all()
+
+    @on_every_backend
+    def test_torch(self, attention: Operation) -> None:
+        q, k = torch.zeros(2, 3, 0, 64, dtype=torch.bfloat16), torch.zeros(2, 3, 4, 64, dtype=torch.bfloat16)
+        out, lse = attention(q, k, k, return_lse=True)
+        assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, (2, 3, 0), torch.float32)
+        out, lse = attention(k, q, q, return_lse=True)
+        assert not out.any()
+        assert (lse == -torch.inf).all()

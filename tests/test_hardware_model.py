@@ -1,0 +1,303 @@
+"""What the emulator takes a GPU's instructions to do: against captures of an H200, an exact model, and a device."""
+
+import functools
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hardware_kernels import cubin, emulated, functions, on_device, products
+
+from cuattn.launch import device_architecture
+
+DTYPES = ("bfloat16", "float16")
+#: Terms of a step and fraction bits, as published for Ampere and measured on Hopper.
+STEPS = {"sm_80": (8, 24), "sm_86": (8, 24), "sm_89": (8, 24), "sm_90a": (16, 25), "sm_100a": (16, 25)}
+
+Bits = npt.NDArray[np.uint32]
+Operands = tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint16], Bits]
+
+
+#: Captures of products on an H200: (file, prefix of its arrays, cases in it). tests/data/README.md describes them.
+CAPTURES = {
+    "usual": ("h200_vectors", "", 600),
+    "every magnitude": ("h200_edge_products", "finite_", 63),
+    "infinities and nan": ("h200_edge_products", "special_", 63),
+    "zeros": ("h200_edge_products", "zeros_", 63),
+    "subnormal": ("h200_edge_products", "low_", 63),
+    "overflowing": ("h200_edge_products", "high_", 63),
+}
+
+
+@functools.cache
+def data(file: str) -> dict[str, npt.NDArray[np.generic]]:
+    with np.load(Path(__file__).parent / "data" / f"{file}.npz") as arrays:
+        return dict(arrays)
+
+
+def captured_products(capture: str, dtype: str) -> tuple[Operands, Bits]:
+    file, prefix, count = CAPTURES[capture]
+    kind = {"bfloat16": "bf16", "float16": "fp16"}[dtype]
+    a, b, c, d = (data(file)[f"{prefix}{kind}_{name}_bits"] for name in "abcd")
+    assert d.shape == (count, 16, 8)
+    return (a, b, c), d
+
+
+def values(bits: npt.NDArray[np.generic], dtype: str) -> npt.NDArray[np.float64]:
+    if dtype == "bfloat16":
+        return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return bits.view(dtype).astype(np.float64)
+
+
+def normal_operands(dtype: str, count: int, seed: int) -> Operands:
+    """Normal numbers, with a spread of magnitudes in each sum."""
+    rng = np.random.default_rng(seed)
+    a, b, c = (
+        (rng.standard_normal(shape) * np.exp2(rng.integers(-6, 7, shape))).astype(np.float32)
+        for shape in ((count, 16, 16), (count, 8, 16), (count, 16, 8))
+    )
+    narrow = [torch.from_numpy(x).to(getattr(torch, dtype)).view(torch.int16).numpy().view(np.uint16) for x in (a, b)]
+    return narrow[0], narrow[1], c.view(np.uint32)
+
+
+def finite_operands(dtype: str, count: int, seed: int) -> Operands:
+    """Random bits of finite numbers: every magnitude, so that sums overflow and results are subnormal; also zeros."""
+    rng = np.random.default_rng(seed)
+    exponents = (0x7F80 if dtype == "bfloat16" else 0x7C00, 0x7F800000)
+    a, b = (rng.integers(0, 1 << 16, shape, np.uint16) for shape in ((count, 16, 16), (count, 8, 16)))
+    c = rng.integers(0, 1 << 32, (count, 16, 8), np.uint32)
+    for x, exponent in ((a, exponents[0]), (b, exponents[0]), (c, exponents[1])):
+        x[(x & exponent) == exponent] ^= x.dtype.type(exponent & -exponent)
+        x[rng.random(x.shape) < 0.05] &= x.dtype.type(1 << (8 * x.itemsize - 1))
+    return a, b, c
+
+
+def special_operands(dtype: str, count: int, seed: int) -> Operands:
+    """Normal numbers with infinities and NaN among them."""
+    a, b, c = normal_operands(dtype, count, seed)
+    rng = np.random.default_rng(seed)
+    infinity = 0x7F80 if dtype == "bfloat16" else 0x7C00
+    for x, bits in ((a, infinity), (b, infinity), (c, 0x7F800000)):
+        x[rng.random(x.shape) < 0.01] = bits
+        x[rng.random(x.shape) < 0.01] = bits | 1 << (8 * x.itemsize - 1)
+        x[rng.random(x.shape) < 0.002] = bits + 1
+        x[rng.random(x.shape) < 0.002] = 0
+    return a, b, c
+
+
+def truncated(value: Fraction) -> float:
+    """Rounded toward zero to fp32, to infinity from 2^128 on."""
+    magnitude = abs(value)
+    if magnitude >= 2**128:
+        return math.copysign(math.inf, value)
+    exponent = magnitude.numerator.bit_length() - magnitude.denominator.bit_length()
+    exponent -= magnitude < Fraction(2) ** exponent
+    unit = Fraction(2) ** (max(exponent, -126) - 23)
+    return float(math.trunc(value / unit) * unit)
+
+
+def exponent_of(x: float, smallest: int) -> int:
+    """Of the leading bit, or of a subnormal number the smallest of its format."""
+    return max(math.frexp(x)[1] - 1, smallest)
+
+
+def exact_step(a: list[float], b: list[float], c: float, fraction_bits: int, smallest: int) -> float:
+    """c + sum of a * b, each term truncated to a multiple of the largest exponent's unit, the sum truncated to fp32."""
+    if math.isinf(c):
+        return c
+    pairs = [(x, y) for x, y in zip(a, b, strict=True) if x and y]
+    exponents = [exponent_of(x, smallest) + exponent_of(y, smallest) for x, y in pairs]
+    exponents += [exponent_of(c, -126)] if c else []
+    if not exponents:
+        return 0.0
+    unit = Fraction(2) ** (max(exponents) - fraction_bits)
+    terms = [Fraction(c), *(Fraction(x) * Fraction(y) for x, y in pairs)]
+    return truncated(sum(math.trunc(term / unit) for term in terms) * unit)
+
+
+def exact_products(dtype: str, operands: Operands, terms: int, fraction_bits: int) -> Bits:
+    """Rational arithmetic, element by element, for finite operands."""
+    smallest = {"bfloat16": -126, "float16": -14}[dtype]
+    a, b = (values(x, dtype).tolist() for x in operands[:2])
+    d = operands[2].view(np.float32).astype(np.float64).copy()
+    for i, m, n in np.ndindex(*d.shape):
+        for k in range(0, 16, terms):
+            step = slice(k, k + terms)
+            d[i, m, n] = exact_step(a[i][m][step], b[i][n][step], d[i, m, n], fraction_bits, smallest)
+    return d.astype(np.float32).view(np.uint32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+class TestProducts:
+    @pytest.mark.parametrize("capture", CAPTURES)
+    def test_every_captured_product_is_equal(self, dtype: str, capture: str) -> None:
+        operands, expected = captured_products(capture, dtype)
+        np.testing.assert_array_equal(products(emulated("sm_90a"), dtype, *operands), expected)
+        if capture == "usual":  # control: another GPU's order of additions does not give them
+            assert (products(emulated("sm_80"), dtype, *operands) != expected).any()
+
+    @pytest.mark.parametrize("arch", STEPS)
+    @pytest.mark.parametrize("capture", ["usual", "subnormal", "zeros"])
+    def test_products_are_those_of_an_exact_model(self, dtype: str, arch: str, capture: str) -> None:
+        (a, b, c), captured = captured_products(capture, dtype)
+        few = slice(None, None, len(a) // 6)
+        expected = exact_products(dtype, (a[few], b[few], c[few]), *STEPS[arch])
+        np.testing.assert_array_equal(products(emulated(arch), dtype, a[few], b[few], c[few]), expected)
+        if STEPS[arch] == STEPS["sm_90a"]:
+            np.testing.assert_array_equal(captured[few], expected)
+
+    @pytest.mark.parametrize(("arch", "terms"), [("sm_80", 8), ("sm_90a", 16)])
+    def test_the_order_inside_a_step_does_not_matter(self, dtype: str, arch: str, terms: int) -> None:
+        a, b, c = normal_operands(dtype, 50, seed=3)
+        rng = np.random.default_rng(3)
+        inside = np.concatenate([rng.permutation(terms) + first for first in range(0, 16, terms)])
+        launch = emulated(arch)
+        expected = products(launch, dtype, a, b, c)
+        np.testing.assert_array_equal(products(launch, dtype, a[..., inside], b[..., inside], c), expected)
+        across = np.arange(16).reshape(2, 8).T.reshape(-1)
+        # control: terms that change their step change bits
+        assert (products(launch, dtype, a[..., across], b[..., across], c) != expected).any() == (terms == 8)
+
+    @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+    def test_a_row_of_zeros_leaves_the_accumulator_alone(self, dtype: str, arch: str) -> None:
+        a, b, c = normal_operands(dtype, 20, seed=4)
+        np.testing.assert_array_equal(products(emulated(arch), dtype, np.zeros_like(a), b, c), c)
+        assert (products(emulated(arch), dtype, a, b, c) != c).any()
+
+    @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+    def test_infinities_and_nan_are_those_of_ieee_arithmetic(self, dtype: str, arch: str) -> None:
+        a, b, c = special_operands(dtype, 60, seed=5)
+        got = products(emulated(arch), dtype, a, b, c).view(np.float32)
+        with np.errstate(invalid="ignore"):
+            wide = [values(a, dtype)[:, :, None], values(b, dtype)[:, None], c.view(np.float32).astype(np.float64)]
+            expected = (wide[0] * wide[1]).sum(-1) + wide[2]
+        special = ~np.isfinite(expected)
+        assert np.isnan(expected).any()
+        assert np.isinf(expected).any()
+        np.testing.assert_array_equal(got[special], expected[special].astype(np.float32))
+        assert set(got.view(np.uint32)[np.isnan(expected)].tolist()) == {0x7FFFFFFF}
+
+
+def test_ampere_and_hopper_differ() -> None:
+    operands = normal_operands("bfloat16", 50, seed=6)
+    ampere, hopper = (products(emulated(arch), "bfloat16", *operands) for arch in ("sm_80", "sm_90a"))
+    share = (ampere != hopper).mean()
+    assert 0.01 < share < 0.99
+    assert np.allclose(ampere.view(np.float32), hopper.view(np.float32), rtol=1e-5, atol=1e-2)
+
+
+def test_every_captured_power_is_equal() -> None:
+    x, y = data("h200_vectors")["ex2_x_bits"].view(np.float32), data("h200_vectors")["ex2_y_bits"]
+    assert x.shape == (131072,)
+    got = functions(emulated("sm_90a"), x).exp2
+    np.testing.assert_array_equal(got, y)
+    # control: the nearest fp32 number is not always what the hardware gives
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        nearest = np.exp2(x.astype(np.float64)).astype(np.float32).view(np.uint32)
+    normal = np.isfinite(x) & (np.abs(x) < 100)
+    assert (nearest[normal] != y[normal]).any()
+
+
+def test_logarithms_are_accurate() -> None:
+    """Below one unit in the last place of the larger of |ln x| and 1/4, at every exponent and densely around 1."""
+    rng = np.random.default_rng(7)
+    exponents = np.repeat(np.arange(-126, 128), 1000)
+    spread = np.ldexp(1 + rng.random(exponents.size), exponents).astype(np.float32)
+    around_one = np.linspace(0.5, 2, 200_000, dtype=np.float32)
+    edges = np.array([1, 2, 0.5, 2 / 3, 4 / 3, np.finfo(np.float32).tiny, np.finfo(np.float32).max], np.float32)
+    x = np.concatenate([spread[np.isfinite(spread)], around_one, edges, np.nextafter(edges[:5], np.float32(0))])
+    exact = np.log(x.astype(np.float64))
+    got = functions(emulated("sm_90a"), x).log.view(np.float32)
+    unit = np.spacing(np.maximum(np.abs(exact), 0.25).astype(np.float32)).astype(np.float64)
+    errors = np.abs(got - exact) / unit
+    assert errors.max() < 1, f"{errors.max()} at {x[errors.argmax()]}"
+    special = np.array([1, np.inf, np.nan], np.float32)
+    np.testing.assert_array_equal(functions(emulated("sm_90a"), special).log.view(np.float32), [0, np.inf, np.nan])
+
+
+def every_case_of_rounding(dtype: torch.dtype) -> npt.NDArray[np.float32]:
+    """Each 16-bit number, the midpoints between neighbours, the fp32 numbers beside both, and random bits."""
+    narrow = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype).to(torch.float32).numpy()
+    with np.errstate(invalid="ignore", over="ignore"):
+        low, high = narrow[:-1].astype(np.float64), narrow[1:].astype(np.float64)
+        middle = ((low + high) / 2).astype(np.float32)
+        bits = np.concatenate([narrow, middle]).view(np.uint32)
+    random = np.random.default_rng(8).integers(0, 1 << 32, 200_000, np.uint32)
+    return np.concatenate([bits, bits + np.uint32(1), bits - np.uint32(1), random]).view(np.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_conversions_round_as_torch_does(dtype: str) -> None:
+    x = every_case_of_rounding(getattr(torch, dtype))
+    results = functions(emulated("sm_90a"), x)
+    got = results.bf16 if dtype == "bfloat16" else results.fp16
+    expected = torch.from_numpy(x).to(getattr(torch, dtype)).view(torch.int16).numpy().view(np.uint16)
+    nan = np.isnan(x)
+    np.testing.assert_array_equal(got[~nan], expected[~nan])
+    assert set(got[nan].tolist()) == {0x7FFF}
+
+
+def test_the_floating_point_mode_of_the_caller_does_not_matter() -> None:
+    """Some of these products are subnormal in fp32."""
+    operands, expected = captured_products("subnormal", "bfloat16")
+    magnitude = np.abs(expected.view(np.float32))
+    assert ((magnitude > 0) & (magnitude < 2.0**-126)).any()
+
+    def flushes() -> bool:
+        return bool(np.float32(1e-40) * np.float32(0.5) == 0)
+
+    if not torch.set_flush_denormal(True):
+        pytest.skip("needs a processor that can flush subnormals")
+    try:
+        before = flushes()
+        got = products(emulated("sm_90a"), "bfloat16", *operands)
+        after = flushes()
+    finally:
+        torch.set_flush_denormal(False)
+    np.testing.assert_array_equal(got, expected)
+    assert before, "the mode was on"
+    assert after, "the mode is left as it was"
+
+
+def test_the_device_kernels_compile_without_a_device() -> None:
+    assert cubin("sm_80")[:4] == b"\x7fELF"
+
+
+@pytest.mark.gpu
+class TestDevice:
+    """The same source, run on a GPU and emulated as that GPU."""
+
+    @pytest.mark.parametrize("capture", CAPTURES)
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_captured_products(self, dtype: str, capture: str) -> None:
+        arch = device_architecture(0)
+        operands, captured = captured_products(capture, dtype)
+        got = products(on_device(arch), dtype, *operands)
+        np.testing.assert_array_equal(got, products(emulated(arch), dtype, *operands))
+        if arch == "sm_90a":
+            np.testing.assert_array_equal(got, captured)
+
+    @pytest.mark.parametrize("make", [normal_operands, finite_operands, special_operands])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_products(self, dtype: str, make: Callable[[str, int, int], Operands]) -> None:
+        arch = device_architecture(0)
+        operands = make(dtype, 500, 10)
+        np.testing.assert_array_equal(
+            products(on_device(arch), dtype, *operands), products(emulated(arch), dtype, *operands)
+        )
+
+    def test_functions(self) -> None:
+        arch = device_architecture(0)
+        powers = data("h200_vectors")["ex2_x_bits"].view(np.float32)
+        x = np.concatenate([every_case_of_rounding(torch.float16), every_case_of_rounding(torch.bfloat16), powers])
+        device, emulator = functions(on_device(arch), x), functions(emulated(arch), x)
+        positive = x >= np.finfo(np.float32).tiny  # what natural_log is for
+        for name in ("exp2", "bf16", "fp16"):
+            np.testing.assert_array_equal(getattr(device, name), getattr(emulator, name), err_msg=name)
+        np.testing.assert_array_equal(device.log[positive], emulator.log[positive])
+        if arch == "sm_90a":
+            np.testing.assert_array_equal(device.exp2[-powers.size :], data("h200_vectors")["ex2_y_bits"])
