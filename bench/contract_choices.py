@@ -55,7 +55,7 @@ STORE_FP32: tuple[Substitution, ...] = (
         "attn/epilogue.cuh",
         "            ptx::store_shared_u32(scratch + Rows::offset(row, b) + 4 * (lane & 3),\n"
         "                                  ptx::pack_16bit<bfloat16>(low, high));\n",
-        "            if (wanted >> row & 1) {\n"
+        "            if (row < valid) {\n"
         "                float* const to = reinterpret_cast<float*>(row_out + row * stride) + 8 * b + 2 * (lane & 3);\n"
         "                ptx::store_global_f32(to, low);\n"
         "                ptx::store_global_f32(to + 1, high);\n"
@@ -63,7 +63,7 @@ STORE_FP32: tuple[Substitution, ...] = (
     ),
     (
         "attn/epilogue.cuh",
-        "        if (wanted >> row & 1) {\n            ptx::store_global_u32x4",
+        "        if (row < valid) {\n            ptx::store_global_u32x4",
         "        if (false) {\n            ptx::store_global_u32x4",
     ),
 )

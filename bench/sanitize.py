@@ -24,7 +24,7 @@ PLANTS: dict[str, Substitution] = {
     # for memcheck: rows behind the end of the output are written, rows behind the end of q, k and v are read
     "write": (
         "attn/epilogue.cuh",
-        "        if (wanted >> row & 1) {\n            ptx::store_global_u32x4",
+        "        if (row < valid) {\n            ptx::store_global_u32x4",
         "        if (true) {\n            ptx::store_global_u32x4",
     ),
     "read": ("ptx/cp_async.cuh", '"r"(valid ? 16 : 0)', '"r"(16)'),

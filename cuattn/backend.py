@@ -20,7 +20,7 @@ class Backend:
     arch: str | None = None
 
     def for_device(self, device: Device) -> "Backend":
-        """The backend that runs tensors on ``device``; "auto" takes CUDA kernels on a GPU and the reference on a CPU."""
+        """The backend that runs tensors on ``device``; "auto" is CUDA kernels on a GPU, the reference on a CPU."""
         if self.name == "auto":
             return Backend("cuda" if device.kind == "cuda" else "reference")
         wanted = "cuda" if self.name == "cuda" else "cpu"

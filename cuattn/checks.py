@@ -58,7 +58,7 @@ class Problem:
 
 
 def caller_axes(sizes: tuple[int, ...], layout: str) -> tuple[int, ...]:
-    """Sizes or strides of (batch, head, token, column) in the caller's layout, and back: the exchange is its own inverse."""
+    """Sizes or strides of (batch, head, token, column) in the caller's layout, and back (its own inverse)."""
     return sizes if layout == "bhsd" else (sizes[0], sizes[2], sizes[1], sizes[3])
 
 
@@ -129,7 +129,7 @@ def check_out(out: object, problem: Problem) -> Tensor:
 
 
 def check_memory(name: str, tensor: Tensor) -> None:
-    """What a kernel needs of a tensor's memory: a contiguous last dimension and rows that start at multiples of 16 bytes."""
+    """What a kernel needs of a tensor's memory: a contiguous last dimension, rows at multiples of 16 bytes."""
     if 0 in tensor.shape:
         return
     if tensor.shape[-1] > 1 and tensor.strides[-1] != 1:

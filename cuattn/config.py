@@ -41,7 +41,7 @@ class KernelConfig:
     """One specialisation of a kernel.
 
     head_dim, mask and dtype are what the caller asked for, arch the compilation target. The tile, chunk and k16 order
-    (what decides bits) follow from head_dim alone; rows per block and ring depth (what decides speed) from arch as well.
+    (what decides bits) follow from head_dim alone; rows per block and ring depth (what decides speed) from arch too.
     """
 
     head_dim: int
@@ -67,7 +67,7 @@ class KernelConfig:
 
     @property
     def warps(self) -> int:
-        """Warps per block, each with 16 query rows; fewer where blocks share a multiprocessor or its memory is small."""
+        """Warps per block, each with 16 query rows; fewer where blocks share a multiprocessor or memory is small."""
         return 4 if self.blocks_per_multiprocessor > 1 or ARCHITECTURES[self.arch] < 160 * 1024 else 8
 
     @property

@@ -11,7 +11,7 @@ import numpy as np
 #: Version of docs/numerics.md that this package implements. It changes whenever any output bit may change.
 CONTRACT_VERSION = 1
 
-#: (first absolute key index, chunk length): a chunk that starts at key j is as long as the last row with start <= j says.
+#: (first absolute key index, chunk length): a chunk at key j is as long as the last row with first <= j says.
 CHUNK_TABLE = ((0, 512), (2048, 1024), (16384, 2048), (65536, 4096))
 
 LOG2_E = math.log2(math.e)
@@ -30,7 +30,7 @@ def chunk_length(start: int) -> int:
 
 
 def softmax_factor(scale: float) -> tuple[float, bool]:
-    """``(c, negate)``: weights are ``2**(c * s - r)`` with ``s`` negated first for a negative scale (contract, section 3).
+    """``(c, negate)``: weights are ``2**(c * s - r)``, ``s`` negated first for a negative scale (contract, section 3).
 
     c is ``|scale| * log2(e)`` rounded once to fp32 and clamped to the normal range, so that ``c * -inf`` is ``-inf``.
     """

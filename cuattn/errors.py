@@ -10,7 +10,7 @@ class CompileError(RuntimeError):
 
 
 class EmulatorError(RuntimeError):
-    """The emulated kernel did something that is an error on a device: a bad access, a divergent collective, a deadlock."""
+    """The emulated kernel did what is an error on a device: a bad access, a race, divergence, a deadlock."""
 
 
 class CacheWarning(UserWarning):

@@ -26,6 +26,7 @@ constexpr int threads = warps * 32;
 constexpr int lag = ring_slots > 2 ? 1 : 0;  // steps between the two halves of the warps
 constexpr int lookahead = ring_slots - 1 - lag;
 
+static_assert(config::contract_version == 1, "this file implements version 1 of docs/numerics.md");
 static_assert(query_tile == warps * 16);
 static_assert(head_dim % 16 == 0 && key_tile % 16 == 0, "products run over aligned groups of 16");
 static_assert(config::chunk_length(0) % key_tile == 0, "a chunk is a whole number of tiles");

@@ -141,19 +141,34 @@ class TestSpecialValues:
     @on_both_dtypes
     @pytest.mark.parametrize("first_bad", [12, 100, 161, 165, 199])
     def test_bad_keys_reach_only_the_rows_that_see_them(self, attention: Operation, dtype: str, first_bad: int) -> None:
-        """Keys of NaN and infinity, and values, of which a causal row sees none, change nothing."""
+        """Keys of NaN and infinity of which a causal row sees none change nothing."""
         case = replace(self.CASE, dtype=dtype)
         inputs = testing.make_inputs(case)
         clean = self.run(attention, case, inputs)
         blind = max(0, first_bad - (case.len_k - case.len_q))
-        bad_keys, bad_values = inputs.k.copy(), inputs.v.copy()
-        for bad in (bad_keys, bad_values):
-            bad[:, :, first_bad:] = 0x7FFF
-            bad[:, :, first_bad::3] = {"bfloat16": self.INFINITY, "float16": 0x7C00}[dtype]
-        for keys, values in ((bad_keys, inputs.v), (inputs.k, bad_values), (bad_keys, bad_values)):
-            result = self.run(attention, case, replace(inputs, k=keys, v=values))
-            result[:, :, :blind].assert_equals(clean[:, :, :blind], f"rows before {blind}")
-            assert not np.isfinite(values_of(result.out, dtype)[:, :, blind:].astype(np.float32)).any()
+        bad = inputs.k.copy()
+        bad[:, :, first_bad:] = 0x7FFF
+        bad[:, :, first_bad::3] = {"bfloat16": self.INFINITY, "float16": 0x7C00}[dtype]
+        result = self.run(attention, case, replace(inputs, k=bad))
+        result[:, :, :blind].assert_equals(clean[:, :, :blind], f"rows before {blind}")
+        assert np.isnan(values_of(result.out, dtype)[:, :, blind:].astype(np.float32)).all()
+
+    @on_every_backend
+    @on_both_dtypes
+    @pytest.mark.parametrize("bad", [130, 204])
+    def test_bad_values_stay_near(self, attention: Operation, dtype: str, bad: int) -> None:
+        """A value of NaN stays in its head, and far enough from the first row that sees a key of its tile."""
+        case = Case(200, 205, "causal", dtype, batch=2, heads=2, kv_heads=2)
+        inputs = testing.make_inputs(case)
+        clean = self.run(attention, case, inputs)
+        v = inputs.v.copy()
+        v[0, 1, bad] = 0x7FFF
+        result = self.run(attention, case, replace(inputs, v=v))
+        first = bad // 128 * 128 - (case.len_k - case.len_q)  # row that sees a key of the tile
+        near = np.zeros(inputs.q.shape[:3], bool)
+        near[0, 1, first // 64 * 64 :] = True  # rows are computed 64 at a time at most
+        result[~near].assert_equals(clean[~near], "rows that are far")
+        assert np.isnan(values_of(result.out, dtype)[0, 1, bad - 5 :].astype(np.float32)).all()
 
     @on_every_backend
     @on_both_dtypes

@@ -4,166 +4,19 @@ import re
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from planted_bugs import BUGS, FORWARD, Problem
 
 import cuattn
-from cuattn import backend, emulator, env
-from cuattn.backend import Backend
-from cuattn.checks import check_attention
+from cuattn import emulator, env
 from cuattn.config import select_config
 from cuattn.emulator import build
 from cuattn.errors import CompileError, EmulatorError, MissingDependencyError
-from cuattn.interop import Device, import_tensor
-from cuattn.schedule import plan_forward
 from cuattn.testing import assert_bitwise_equal
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One head's attention of seeded random bf16 tensors, and who computes it."""
-
-    len_q: int = 40
-    len_k: int = 300
-    head_dim: int = 64
-    mask: str = "full"
-    arch: str = "sm_80"
-    infinite: bool = False  # a value that the first three causal rows do not see is infinite
-    row_stride: int = 1  # rows of the output are this many rows apart
-
-    def inputs(self) -> list[torch.Tensor]:
-        random = torch.Generator().manual_seed(self.len_q + self.len_k)
-        lengths = (self.len_q, self.len_k, self.len_k)
-        q, k, v = (torch.randn(1, 1, n, self.head_dim, generator=random).to(torch.bfloat16) for n in lengths)
-        if self.infinite:
-            v[:, :, self.len_k - self.len_q + 3] = torch.inf
-        return [q, k, v]
-
-    def run(self, schedule: str = "ascending", seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-        """(output, lse) of the emulated kernel, its fibers run in that order."""
-        tensors = self.inputs()
-        problem = check_attention(*tensors, self.mask, None, None, "bhsd", None)
-        spread = torch.full((1, 1, self.len_q, self.row_stride, self.head_dim), torch.nan, dtype=torch.bfloat16)
-        out, lse = spread[:, :, :, 0], torch.full((1, 1, self.len_q), torch.nan)
-        outputs = {"out": import_tensor(out, "out"), "lse": import_tensor(lse, "lse")}
-        config = select_config(self.head_dim, self.mask, "bfloat16", self.arch)
-        plan = plan_forward(config, problem, outputs["out"], outputs["lse"])
-        inputs = {"q": problem.query, "k": problem.key, "v": problem.value}
-        emulator.forward(config, plan, inputs, outputs, schedule, seed)
-        return out.contiguous(), lse
-
-
-@dataclass(frozen=True)
-class Bug:
-    """One change of one file of the kernels, and a pattern of what the emulator says about it."""
-
-    file: str
-    old: str
-    new: str
-    error: str
-    problem: Problem = field(default_factory=Problem)
-
-
-FORWARD, EPILOGUE, SOFTMAX = "forward_sm80.cuh", "attn/epilogue.cuh", "attn/softmax.cuh"
-STORE_ROW = "ptx::store_global_u32x4(row_out + row * stride + unit * 8,"
-UNORDERED = "race with a (read|write) by thread|never written|a copy to there has not been waited for"
-BUGS = {
-    "no barrier in the main loop": Bug(FORWARD, "        __syncthreads();  // this step's tile", "//", UNORDERED),
-    "no barrier among the lanes that load queries": Bug(
-        FORWARD, "ptx::cp_async_wait<lookahead>();\n    __syncwarp();", "ptx::cp_async_wait<lookahead>();", UNORDERED
-    ),
-    "no barrier among the lanes that store rows": Bug(
-        EPILOGUE,
-        "    __syncwarp();\n#pragma unroll\n    for (int i = 0; i < 16",
-        "\n#pragma unroll\n    for (int i = 0; i < 16",
-        "shared (load|store) .* race with a (read|write) by thread",
-    ),
-    "waits for too few copies": Bug(
-        FORWARD, "cp_async_wait<lookahead - 1>", "cp_async_wait<lookahead>", "a copy to there has not been waited for"
-    ),
-    "loads into a tile in use": Bug(
-        FORWARD, "load(block_step + lookahead);", "load(block_step + lookahead + 1);", "cp.async .* race|waited for"
-    ),
-    "reads behind the last key": Bug(
-        FORWARD,
-        "stride, key_length - first_key, thread);",
-        "stride, key_tile, thread);",
-        r"cp\.async of 16 bytes .* outside of every tensor .*(k|v) \d+ of 38400",
-    ),
-    "reads behind the last query": Bug(
-        FORWARD,
-        "query_stride, query_length - warp_row, lane);",
-        "query_stride, 16, lane);",
-        r"cp\.async of 16 bytes .* outside of every tensor .*q \d+ of 5120",
-    ),
-    "writes behind shared memory": Bug(
-        EPILOGUE, "store_shared_u32(scratch + ", "store_shared_u32(scratch + 0x40000 + ", "outside of shared memory"
-    ),
-    "writes before shared memory": Bug(
-        EPILOGUE, "store_shared_u32(scratch + ", "store_shared_u32(scratch % 16 - 16 + ", "outside of shared memory"
-    ),
-    "a shared object that is not there": Bug(
-        FORWARD, "shared_address(shared.rows[warp])", "shared_address(shared.rows[99])", "not in shared memory"
-    ),
-    "a misaligned load": Bug(
-        EPILOGUE,
-        "load_shared_u32x4(scratch + ",
-        "load_shared_u32x4(scratch + 4 + ",
-        "shared load of 16 bytes .* misaligned",
-    ),
-    "a misaligned store": Bug(
-        EPILOGUE, STORE_ROW, STORE_ROW.replace("* 8", "* 8 + 1"), "global store of 16 bytes .* misaligned"
-    ),
-    "a store to an input": Bug(
-        FORWARD,
-        "place.head_of(params.out, params.out_strides)",
-        "place.head_of(const_cast<u16*>(params.query), params.query_strides)",
-        "global store of 16 bytes .* q is an input",
-    ),
-    "a row that is not stored": Bug(
-        EPILOGUE,
-        STORE_ROW,
-        f"if (row != 3) {STORE_ROW}",
-        r"^out: 192 elements were not written, the first at \(0, 0, 3, 0\)",
-    ),
-    "a store between the rows": Bug(
-        EPILOGUE,
-        STORE_ROW,
-        f"if (row == 3) ptx::store_global_u32x4(row_out + row * stride + 64 + unit * 8, uint4{{}});\n{STORE_ROW}",
-        r"^out: 384 bytes between its elements were written",
-        Problem(row_stride=2),
-    ),
-    "a collective without half of its lanes": Bug(
-        SOFTMAX,
-        "quad_sum(float x) {",
-        "quad_sum(float x) {\n    if (threadIdx.x & 16) return x;",
-        "divergence: reached __s[a-z_]+ while others of its group wait in __s[a-z_]+",
-    ),
-    "a mask without half of the lanes": Bug(
-        SOFTMAX, "all_lanes = 0xffffffffu", "all_lanes = 0x0000ffffu", "__shfl_xor_sync: the mask leaves lanes out"
-    ),
-    "a thread that returns early": Bug(
-        FORWARD,
-        "    RowStatistics rows;",
-        "    if (thread == 37) return false;\n    RowStatistics rows;",
-        "deadlock: the block waits in __syncthreads with 127 of 128 threads; 1 of 128 threads returned",
-    ),
-    "a branch with another barrier": Bug(
-        FORWARD,
-        "        __syncthreads();  // this step's tile",
-        "        if (warp == 1) __syncthreads_or(0); else __syncthreads();\n//",
-        "divergence: reached __syncthreads(_or)? while others of its group wait in __syncthreads(_or)?",
-    ),
-    "shared memory that nobody wrote": Bug(
-        FORWARD,
-        "KeyTile::load<16, 32>(warp_memory,",
-        "if (lane < 0) KeyTile::load<16, 32>(warp_memory,",
-        "never written",
-    ),
-}
 
 
 @pytest.fixture
@@ -204,7 +57,7 @@ def test_errors_say_where(sources: Path) -> None:
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90a"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 class TestSchedules:
-    """Two chunks; rows that see no whole tile; and rows that must be computed alone, which is another way through."""
+    """Two chunks, and rows that see no whole tile."""
 
     @pytest.mark.parametrize("infinite", [False, True])
     def test_every_order_gives_the_same_bits(self, head_dim: int, arch: str, infinite: bool) -> None:
@@ -284,70 +137,6 @@ class TestArchitectures:
             with cuattn.use_backend("emulator", arch=arch):
                 _, lse = cuattn.attention(*problem.inputs(), "causal", return_lse=True)
             assert_bitwise_equal(lse, replace(problem, arch=arch).run()[1], arch)
-
-
-class TestBackend:
-    @pytest.fixture(autouse=True)
-    def no_variable(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.delenv(env.BACKEND, raising=False)
-
-    def test_the_block_decides_then_the_variable_then_the_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert backend.active() == Backend("auto")
-        monkeypatch.setenv(env.BACKEND, "emulator:sm_90a")
-        assert backend.active() == Backend("emulator", "sm_90a")
-        with cuattn.use_backend("reference"):
-            assert backend.active() == Backend("reference")
-            with cuattn.use_backend("emulator"):
-                assert backend.active() == Backend("emulator", "sm_80")
-            assert backend.active() == Backend("reference")
-        monkeypatch.setenv(env.BACKEND, "emulator")
-        assert backend.active() == Backend("emulator", "sm_80")
-
-    def test_an_error_in_the_block_ends_it(self) -> None:
-        with pytest.raises(RuntimeError), cuattn.use_backend("emulator"):
-            raise RuntimeError
-        assert backend.active() == Backend("auto")
-
-    def test_other_threads_are_left_alone(self) -> None:
-        with ThreadPoolExecutor(1) as pool, cuattn.use_backend("emulator"):
-            assert pool.submit(backend.active).result() == Backend("auto")
-
-    @pytest.mark.parametrize(
-        ("name", "arch", "message"),
-        [
-            ("gpu", None, "name: got 'gpu', expected one of 'auto', 'cuda', 'reference', 'emulator'"),
-            ("reference", "sm_80", "arch: got 'sm_80', expected None for the backend 'reference'"),
-            ("emulator", "sm_70", "arch: got 'sm_70', expected one of sm_80, "),
-            ("emulator", "90", "arch: got '90', expected one of sm_80, "),
-        ],
-    )
-    def test_bad_choices(self, name: str, arch: str | None, message: str) -> None:
-        with pytest.raises(ValueError, match=f"^{re.escape(message)}"), cuattn.use_backend(name, arch):
-            pass
-
-    @pytest.mark.parametrize(
-        ("value", "message"),
-        [
-            ("gpu", "CUATTN_BACKEND: got 'gpu', expected one of"),
-            ("emulator:sm_70", "arch: got 'sm_70', expected one of"),
-        ],
-    )
-    def test_a_bad_variable(self, value: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv(env.BACKEND, value)
-        with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-            cuattn.attention(*Problem().inputs())
-
-    def test_each_backend_takes_the_tensors_it_can(self) -> None:
-        cpu, gpu = Device("cpu", 0), Device("cuda", 1)
-        assert Backend("auto").for_device(gpu) == Backend("cuda")
-        assert Backend("auto").for_device(cpu) == Backend("reference")
-        for name in ("emulator", "reference"):
-            with pytest.raises(
-                ValueError, match=f"^q: got device cuda:1, expected a cpu device for the backend '{name}'"
-            ):
-                Backend(name, "sm_80" if name == "emulator" else None).for_device(gpu)
-        with pytest.raises(ValueError, match=r"^q: got device cpu, expected a cuda device for the backend 'cuda'"):
-            Backend("cuda").for_device(cpu)
 
 
 class TestBuild:

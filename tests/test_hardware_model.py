@@ -1,15 +1,14 @@
 """What the emulator takes a GPU's instructions to do: against captures of an H200, an exact model, and a device."""
 
 import functools
-import math
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from exact_products import Bits, Operands, exact_products, values
 from hardware_kernels import cubin, emulated, functions, on_device, products
 
 from cuattn.launch import device_architecture
@@ -17,9 +16,6 @@ from cuattn.launch import device_architecture
 DTYPES = ("bfloat16", "float16")
 #: Terms of a step and fraction bits, as published for Ampere and measured on Hopper.
 STEPS = {"sm_80": (8, 24), "sm_86": (8, 24), "sm_89": (8, 24), "sm_90a": (16, 25), "sm_100a": (16, 25)}
-
-Bits = npt.NDArray[np.uint32]
-Operands = tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint16], Bits]
 
 
 #: Captures of products on an H200: (file, prefix of its arrays, cases in it). tests/data/README.md describes them.
@@ -45,12 +41,6 @@ def captured_products(capture: str, dtype: str) -> tuple[Operands, Bits]:
     a, b, c, d = (data(file)[f"{prefix}{kind}_{name}_bits"] for name in "abcd")
     assert d.shape == (count, 16, 8)
     return (a, b, c), d
-
-
-def values(bits: npt.NDArray[np.generic], dtype: str) -> npt.NDArray[np.float64]:
-    if dtype == "bfloat16":
-        return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return bits.view(dtype).astype(np.float64)
 
 
 def normal_operands(dtype: str, count: int, seed: int) -> Operands:
@@ -87,48 +77,6 @@ def special_operands(dtype: str, count: int, seed: int) -> Operands:
         x[rng.random(x.shape) < 0.002] = bits + 1
         x[rng.random(x.shape) < 0.002] = 0
     return a, b, c
-
-
-def truncated(value: Fraction) -> float:
-    """Rounded toward zero to fp32, to infinity from 2^128 on."""
-    magnitude = abs(value)
-    if magnitude >= 2**128:
-        return math.copysign(math.inf, value)
-    exponent = magnitude.numerator.bit_length() - magnitude.denominator.bit_length()
-    exponent -= magnitude < Fraction(2) ** exponent
-    unit = Fraction(2) ** (max(exponent, -126) - 23)
-    return float(math.trunc(value / unit) * unit)
-
-
-def exponent_of(x: float, smallest: int) -> int:
-    """Of the leading bit, or of a subnormal number the smallest of its format."""
-    return max(math.frexp(x)[1] - 1, smallest)
-
-
-def exact_step(a: list[float], b: list[float], c: float, fraction_bits: int, smallest: int) -> float:
-    """c + sum of a * b, each term truncated to a multiple of the largest exponent's unit, the sum truncated to fp32."""
-    if math.isinf(c):
-        return c
-    pairs = [(x, y) for x, y in zip(a, b, strict=True) if x and y]
-    exponents = [exponent_of(x, smallest) + exponent_of(y, smallest) for x, y in pairs]
-    exponents += [exponent_of(c, -126)] if c else []
-    if not exponents:
-        return 0.0
-    unit = Fraction(2) ** (max(exponents) - fraction_bits)
-    terms = [Fraction(c), *(Fraction(x) * Fraction(y) for x, y in pairs)]
-    return truncated(sum(math.trunc(term / unit) for term in terms) * unit)
-
-
-def exact_products(dtype: str, operands: Operands, terms: int, fraction_bits: int) -> Bits:
-    """Rational arithmetic, element by element, for finite operands."""
-    smallest = {"bfloat16": -126, "float16": -14}[dtype]
-    a, b = (values(x, dtype).tolist() for x in operands[:2])
-    d = operands[2].view(np.float32).astype(np.float64).copy()
-    for i, m, n in np.ndindex(*d.shape):
-        for k in range(0, 16, terms):
-            step = slice(k, k + terms)
-            d[i, m, n] = exact_step(a[i][m][step], b[i][n][step], d[i, m, n], fraction_bits, smallest)
-    return d.astype(np.float32).view(np.uint32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

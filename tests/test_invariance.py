@@ -16,7 +16,7 @@ from cuattn.testing.subject import Operation
 
 VARIANTS = list(product(("float16", "bfloat16"), (64, 128), ("causal", "full")))
 SWEEPS = [
-    *((REFERENCE, "small", *variant) for variant in VARIANTS),
+    *((REFERENCE, "small", *variant) for variant in (VARIANTS[0], VARIANTS[3], VARIANTS[5], VARIANTS[6])),
     *((SM_80, "tiny", *variant) for variant in VARIANTS),
     (SM_90A, "tiny", "bfloat16", 128, "causal"),
 ]

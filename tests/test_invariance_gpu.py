@@ -50,14 +50,14 @@ def test_many_runs(dtype: str) -> None:
 
 
 @on_both_dtypes
-@pytest.mark.parametrize("value", ["nan", "inf", "largest", "-largest"])
-def test_unseen_values_of_any_size(dtype: str, value: str) -> None:
-    """Keys and values that a causal row cannot see change nothing, however large, beside small ones that it sees."""
+@pytest.mark.parametrize("sign", [1, -1])
+def test_unseen_values_of_any_size(dtype: str, sign: int) -> None:
+    """Finite keys and values that a causal row cannot see change nothing, however large, beside small ones it sees."""
     case = Case(140, 700, "causal", dtype, 64, heads=2)
     inputs = testing.make_inputs(case)
     small = round_to_bits(np.array([1e-3], np.float32), dtype)
     v = np.where(inputs.v & 0x8000, small | 0x8000, small)
-    word = round_to_bits(np.array([float(value.replace("largest", str(LARGEST[dtype])))], np.float32), dtype)
+    word = round_to_bits(np.array([sign * LARGEST[dtype]], np.float32), dtype)
     subject = Subject(cuattn.attention, on_device(), case)
     clean = subject.run(replace(inputs, v=v))
     for first in (561, 570, 639, 640, 699):
@@ -65,7 +65,7 @@ def test_unseen_values_of_any_size(dtype: str, value: str) -> None:
         k[:, :, first:] = bad[:, :, first:] = word
         rows = first - (case.len_k - case.len_q)
         result = subject.run(replace(inputs, k=k, v=bad))
-        result[:, :, :rows].assert_equals(clean[:, :, :rows], f"{value} from key {first} on")
+        result[:, :, :rows].assert_equals(clean[:, :, :rows], f"largest numbers from key {first} on")
 
 
 def _set(name: str, index: tuple[int, ...], value: float) -> Callable[[Inputs, str], Inputs]:

@@ -21,7 +21,15 @@ def test_the_unit_names_the_configuration_and_its_constants() -> None:
         "contract_version": contract.CONTRACT_VERSION,
         **{
             name: getattr(CONFIG, name)
-            for name in ("head_dim", "key_tile", "warps", "query_tile", "ring_slots", "shared_bytes")
+            for name in (
+                "head_dim",
+                "key_tile",
+                "warps",
+                "blocks_per_multiprocessor",
+                "query_tile",
+                "ring_slots",
+                "shared_bytes",
+            )
         },
     }
     assert "bool causal = false" in jit.kernel_source(replace(CONFIG, mask="full"))

@@ -64,7 +64,9 @@ def compile_cubin(config: KernelConfig, source: str, folder: Path) -> tuple[byte
         raise MissingDependencyError(
             f"NVRTC {major}.{minor} cannot compile for {config.arch}: pip install --upgrade {package}"
         )
-    options = (*flags(config), f"--include-path={folder}")
+    # From 12.9 on NVRTC has a cache of its own, which returns cubins without the report of ptxas.
+    own_cache = ("--no-cache",) if (major, minor) >= (12, 9) else ()
+    options = (*flags(config), *own_cache, f"--include-path={folder}")
     program = nvrtc.createProgram(source, f"{config.name}.cu", (), ())
     try:
         nvrtc.compileProgram(program, options)

@@ -1,7 +1,7 @@
 """The canonical chunked order on the CPU, in plain fp32: what the kernels do (docs/numerics.md), readable.
 
-Batch-invariant bit for bit like the kernels, but with bits of its own: products are IEEE operations here, not those of a
-tensor core.
+Batch-invariant bit for bit like the kernels, but with bits of its own: products are IEEE operations here, not those of
+a tensor core.
 """
 
 import os
@@ -78,7 +78,7 @@ def _rows(problem: Problem, rows: slice, query: Array, key: Array, value: Array)
             _add_tile(chunk, query, keys, values, visible - first, np.float32(factor), problem.query.dtype)
         merged = _merge(merged, chunk)
         chunk_start = chunk_end
-    empty = merged.sum == 0
+    empty = (merged.sum == 0) & (merged.reference == _NO_REFERENCE)
     scale = np.where(empty, np.float32(0), np.float32(1) / merged.sum)
     lse = merged.reference * arithmetic.LN2 + arithmetic.natural_log(merged.sum)
     # adding +0 turns -0 into +0

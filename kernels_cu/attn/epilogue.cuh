@@ -10,12 +10,14 @@
 
 namespace cuattn {
 
-// +0 where a row saw no key (its sum is 0).
-__device__ __forceinline__ float reciprocal_or_zero(float sum) { return sum == 0.0f ? 0.0f : __frcp_rn(sum); }
+// Whether a row saw no key. (With the reference at infinity, where scores left the range of fp32, sums are 0 too.)
+__device__ __forceinline__ bool saw_nothing(float reference, float sum) {
+    return sum == 0.0f && reference == no_reference;
+}
 
 // Natural logarithm of the sum of e^(scale * score) over the row's visible keys; -inf where there is none.
 __device__ __forceinline__ float log_sum_exp(float reference, float sum) {
-    return sum == 0.0f ? -infinity : __fmaf_rn(reference, ln2, natural_log(sum));
+    return saw_nothing(reference, sum) ? -infinity : __fmaf_rn(reference, ln2, natural_log(sum));
 }
 
 // Writes a warp's 16 rows. out[b][c]: column 8 b + 2 (lane % 4) + c % 2 of row lane / 4 + 8 (c / 2). `scratch`: 16 rows
@@ -30,7 +32,7 @@ __device__ __forceinline__ void store_rows(const float (&out)[head_dim / 8][4], 
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int row = lane / 4 + 8 * half;
-        const float scale = reciprocal_or_zero(rows.sum[half]);
+        const float scale = saw_nothing(rows.reference[half], rows.sum[half]) ? 0.0f : __frcp_rn(rows.sum[half]);
 #pragma unroll
         for (int b = 0; b < head_dim / 8; ++b) {
             // adding +0 turns -0 into +0 and changes nothing else

@@ -8,7 +8,7 @@ namespace cuattn {
 constexpr float infinity = __builtin_bit_cast(float, 0x7f800000u);
 constexpr float ln2 = 0.693147180559945309f;
 
-// ln(x) for a positive normal fp32 x; +inf and NaN come back as they are. Error below 1.5 ulp of the larger of |ln x| and 1/4.
+// ln(x) for a positive normal fp32 x; +inf and NaN come back as they are. Error below 1 ulp of the larger of |ln x| and 1/4.
 // x = 2^e * f with f in [2/3, 4/3): ln(1 + t) = t - t^2 / 2 + t^3 p(t); p is a minimax fit (docs/numerics.md, LSE).
 __device__ __forceinline__ float natural_log(float x) {
     if (!(x < infinity)) return x;

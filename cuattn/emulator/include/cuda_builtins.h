@@ -57,13 +57,13 @@ inline float __shfl_xor_sync(unsigned mask, float x, int lane_mask) {
 }
 inline int __any_sync(unsigned mask, int predicate) {
     struct Vote {
-        bool in;
-        mutable bool out;
+        int in;
+        mutable int out;
     };
-    const Vote mine{predicate != 0, false};
+    const Vote mine{predicate, 0};
     emulator::warp_collective("__any_sync", mask, &mine, [](const void* const* all) {
         const auto* const* lanes = reinterpret_cast<const Vote* const*>(all);
-        const bool any = std::any_of(lanes, lanes + 32, [](const Vote* vote) { return vote->in; });
+        const bool any = std::any_of(lanes, lanes + 32, [](const Vote* vote) { return vote->in != 0; });
         for (int i = 0; i < 32; ++i) lanes[i]->out = any;
     });
     return mine.out;

@@ -1,7 +1,6 @@
 // One thread block on the CPU: a fiber for every CUDA thread, run in turn; collectives are rendezvous of fibers.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <stdexcept>
@@ -104,13 +103,6 @@ void warp_collective(const char* what, unsigned mask, const void* argument, Work
     meet(block->warp[warp_number()], what, lane_number(), argument, work);
 }
 
-template <class Work>
-void block_collective(const char* what, const void* argument, Work&& work) {
-    meet(block->all, what, block->running, argument, work);
-    Moment& now = current().now;
-    ++now.block_barriers, ++now.warp_barriers;
-}
-
 inline void no_work(const void* const*) {}
 
 inline void warp_barrier(unsigned mask) {
@@ -118,18 +110,10 @@ inline void warp_barrier(unsigned mask) {
     ++current().now.warp_barriers;
 }
 
-inline void block_barrier() { block_collective("__syncthreads", nullptr, no_work); }
-
-// A predicate in, whether anybody's holds out.
-struct Vote {
-    int in;
-    mutable int out;
-};
-
-inline void count_votes(const void* const* all, int count) {
-    const auto* const* votes = reinterpret_cast<const Vote* const*>(all);
-    const bool any = std::any_of(votes, votes + count, [](const Vote* vote) { return vote->in != 0; });
-    for (int i = 0; i < count; ++i) votes[i]->out = any;
+inline void block_barrier() {
+    meet(block->all, "__syncthreads", block->running, nullptr, no_work);
+    Moment& now = current().now;
+    ++now.block_barriers, ++now.warp_barriers;
 }
 
 }  // namespace emulator
