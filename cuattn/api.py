@@ -27,9 +27,9 @@ def attention(
     """Softmax attention ``softmax(scale * q k^T + mask) v`` whose every row is independent of the batch, bit for bit.
 
     q: (B, Hq, Lq, D); k, v: (B, Hkv, Lk, D); with ``layout="bshd"`` (B, L, H, D). float16 or bfloat16, D 64 or 128. Hq
-        is a multiple of Hkv: query head h reads key head ``h // (Hq // Hkv)``. torch, CuPy or NumPy arrays, or others that
-        implement DLPack, on one device. Any strides with a contiguous last dimension and rows that start at multiples
-        of 16 bytes; they are read in place.
+        is a multiple of Hkv: query head h reads key head ``h // (Hq // Hkv)``. torch, CuPy or NumPy arrays, or others
+        that implement DLPack, on one device. Any strides with a contiguous last dimension and rows that start at
+        multiples of 16 bytes; they are read in place.
     mask: "full" (or None), or "causal": query i sees the keys j <= i + Lk - Lq (bottom-right aligned). A row that sees
         no key is +0, with the LSE -inf.
     scale: finite float, D**-0.5 by default; may be 0 or negative.
