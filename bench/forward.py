@@ -238,7 +238,7 @@ def print_summary(rows: Sequence[dict[str, Any]]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--head-dim", type=int, nargs="+", choices=configs.HEAD_DIMS, default=list(configs.HEAD_DIMS))
+    parser.add_argument("--head-dim", type=int, nargs="+", choices=configs.HEAD_DIMS, default=[64, 128])
     parser.add_argument("--length", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384])
     parser.add_argument("--dtype", nargs="+", choices=configs.DTYPES, default=["bfloat16"])
     parser.add_argument("--tokens", type=int, default=16384, help="tokens in a batch (default: %(default)s)")

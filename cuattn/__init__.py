@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from cuattn.api import attention
+from cuattn.api import attention, attention_varlen
 from cuattn.backend import use_backend
 from cuattn.contract import CONTRACT_VERSION
 from cuattn.jit import precompile
@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from cuattn import testing
 
-__all__ = ["CONTRACT_VERSION", "__version__", "attention", "precompile", "testing", "use_backend"]
+__all__ = ["CONTRACT_VERSION", "__version__", "attention", "attention_varlen", "precompile", "testing", "use_backend"]
 
 
 def __getattr__(name: str) -> Any:

@@ -29,16 +29,17 @@ class Backend:
         return self
 
 
-def _parse(name: str, arch: str | None, source: str) -> Backend:
+def _parse(name: str, arch: str | None, source: str, arch_source: str) -> Backend:
+    """``source`` and ``arch_source`` are what errors name."""
     if name not in NAMES:
         raise ValueError(f"{source}: got {name!r}, expected one of {', '.join(map(repr, NAMES))}")
     if name != "emulator":
         if arch is not None:
-            raise ValueError(f"arch: got {arch!r}, expected None for the backend {name!r}")
+            raise ValueError(f"{arch_source}: got {arch!r}, expected None for the backend {name!r}")
         return Backend(name)
     arch = arch or DEFAULT_EMULATED_ARCH
     if arch not in config.ARCHITECTURES:
-        raise ValueError(f"arch: got {arch!r}, expected one of {', '.join(config.ARCHITECTURES)}")
+        raise ValueError(f"{arch_source}: got {arch!r}, expected one of {', '.join(config.ARCHITECTURES)}")
     return Backend(name, arch)
 
 
@@ -46,12 +47,15 @@ _chosen: contextvars.ContextVar[Backend | None] = contextvars.ContextVar("cuattn
 
 
 def active() -> Backend:
-    """What `use_backend` set for the running block, else the environment variable CUATTN_BACKEND, else "auto"."""
+    """What `use_backend` set for the running block, else the environment variable CUATTN_BACKEND, else "auto".
+
+    Raises ValueError for a wrong variable.
+    """
     chosen = _chosen.get()
     if chosen is not None:
         return chosen
     name, _, arch = env.backend().partition(":")
-    return _parse(name, arch or None, env.BACKEND)
+    return _parse(name, arch or None, env.BACKEND, env.BACKEND)
 
 
 @contextlib.contextmanager
@@ -67,7 +71,7 @@ def use_backend(name: str, arch: str | None = None) -> Iterator[None]:
     The environment variable CUATTN_BACKEND does the same for a whole process: ``emulator:sm_90a``. Each backend is
     batch-invariant; bits differ between backends. Raises ValueError for an unknown name or architecture.
     """
-    token = _chosen.set(_parse(name, arch, "name"))
+    token = _chosen.set(_parse(name, arch, "name", "arch"))
     try:
         yield
     finally:

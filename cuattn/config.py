@@ -1,12 +1,13 @@
 """KernelConfig: all that a compiled kernel may depend on. Batch, lengths, device size and splits have no place here."""
 
+import functools
 from dataclasses import dataclass
 
 from cuattn import contract
 
 MASKS = ("full", "causal")
 DTYPES = ("float16", "bfloat16")
-HEAD_DIMS = (64, 128)
+HEAD_DIMS = tuple(range(8, 129, 8))
 #: NVRTC targets, with the shared memory in bytes that one block may use there (CUDA C++ Programming Guide, table of
 #: technical specifications per compute capability).
 ARCHITECTURES = {
@@ -40,65 +41,78 @@ def architecture_of(compute_capability: str) -> str:
 class KernelConfig:
     """One specialisation of a kernel.
 
-    head_dim, mask and dtype are what the caller asked for, arch the compilation target. The tile, chunk and k16 order
-    (what decides bits) follow from head_dim alone; rows per block and ring depth (what decides speed) from arch too.
+    head_dim, mask and dtype are what the caller asked for, arch the compilation target. A ragged kernel reads lengths
+    on the device; its bits are those of the other. The tile, chunk and k16 order (what decides bits) follow from
+    head_dim alone; rows per block and ring depth (what decides speed) from arch too.
     """
 
     head_dim: int
     mask: str
     dtype: str
     arch: str
+    ragged: bool = False
     kernel: str = "forward_sm80"
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
-        return f"{self.kernel}_d{self.head_dim}_{self.mask}_{self.dtype}_{self.arch}"
+        ragged = "_ragged" if self.ragged else ""
+        return f"{self.kernel}_d{self.head_dim}_{self.mask}{ragged}_{self.dtype}_{self.arch}"
 
-    @property
+    @functools.cached_property
     def key_tile(self) -> int:
         return contract.key_tile(self.head_dim)
 
-    @property
-    def blocks_per_multiprocessor(self) -> int:
-        """Blocks that share a multiprocessor's registers: small head dims leave room for several."""
-        if self.head_dim > 64:
-            return 1
-        return 3 if self.arch.startswith(("sm_8", "sm_9")) else 2
+    @functools.cached_property
+    def tile_dim(self) -> int:
+        """Columns of a tile in shared memory: head_dim and zeros behind it."""
+        return -(-self.head_dim // 64) * 64
 
-    @property
+    @functools.cached_property
+    def blocks_per_multiprocessor(self) -> int:
+        """Blocks that share a multiprocessor's registers: small head dims leave room for several.
+
+        Three take some care of ptxas; it manages for the plainest kernels, and not on every architecture.
+        """
+        if self.tile_dim > 64:
+            return 1
+        plain = self.head_dim == self.tile_dim and not self.ragged
+        return 3 if plain and self.arch.startswith(("sm_8", "sm_9")) else 2
+
+    @functools.cached_property
     def warps(self) -> int:
         """Warps per block, each with 16 query rows; fewer where blocks share a multiprocessor or memory is small."""
         return 4 if self.blocks_per_multiprocessor > 1 or ARCHITECTURES[self.arch] < 160 * 1024 else 8
 
-    @property
+    @functools.cached_property
     def query_tile(self) -> int:
         return 16 * self.warps
 
-    @property
+    @functools.cached_property
     def ring_slots(self) -> int:
         """Key or value tiles in flight: two where blocks overlap each other, else up to four."""
         if self.blocks_per_multiprocessor > 1:
             return 2
         return min(4, (ARCHITECTURES[self.arch] - self._merged_bytes) // self._tile_bytes)
 
-    @property
+    @functools.cached_property
     def shared_bytes(self) -> int:
         return self.ring_slots * self._tile_bytes + -(-self._merged_bytes // 1024) * 1024
 
-    @property
+    @functools.cached_property
     def _tile_bytes(self) -> int:
-        return self.key_tile * self.head_dim * 2
+        return self.key_tile * self.tile_dim * 2
 
-    @property
+    @functools.cached_property
     def _merged_bytes(self) -> int:
         """Of each row, the fp32 output, reference and sum of earlier chunks."""
-        return self.query_tile * (self.head_dim + 2) * 4
+        return self.query_tile * (self.tile_dim + 2) * 4
 
 
-def select_config(head_dim: int, mask: str, dtype: str, arch: str) -> KernelConfig:
+@functools.cache
+def select_config(head_dim: int, mask: str, dtype: str, arch: str, ragged: bool = False) -> KernelConfig:
     """The kernel for a problem. Its signature is the invariance: nothing of the batch can reach the choice."""
-    return KernelConfig(head_dim, mask, dtype, arch)
+    return KernelConfig(head_dim, mask, dtype, arch, ragged)
 
 
 def all_configs(arch: str) -> list[KernelConfig]:
-    return [select_config(d, m, t, arch) for d in HEAD_DIMS for m in MASKS for t in DTYPES]
+    return [select_config(d, m, t, arch, r) for d in HEAD_DIMS for m in MASKS for t in DTYPES for r in (False, True)]

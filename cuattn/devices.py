@@ -15,7 +15,7 @@ def import_cupy() -> Any:
         import cupy
     except ImportError as error:
         reason = str(error).strip().partition("\n")[0]
-        raise MissingDependencyError(f"CUDA kernels need CuPy ({reason}): {INSTALL_ADVICE}") from error
+        raise MissingDependencyError(f"CUDA kernels and arrays need CuPy ({reason}): {INSTALL_ADVICE}") from error
     return cupy
 
 

@@ -1,4 +1,4 @@
-"""The environment variables of cuattn: all of them, read at the time of use."""
+"""The environment variables of cuattn: all of them, read at the time of use. An empty one counts as not set."""
 
 import os
 from pathlib import Path
@@ -9,24 +9,36 @@ BACKEND = "CUATTN_BACKEND"
 KERNEL_DIR = "CUATTN_KERNEL_DIR"
 #: The folder of compiled kernels; default ``$XDG_CACHE_HOME/cuattn`` or ``~/.cache/cuattn``.
 CACHE_DIR = "CUATTN_CACHE_DIR"
+#: The command of the C++17 compiler that builds the emulator, default ``c++``; may have options: ``ccache g++``.
+COMPILER = "CXX"
 
-VARIABLES = (BACKEND, KERNEL_DIR, CACHE_DIR)
+VARIABLES = (BACKEND, KERNEL_DIR, CACHE_DIR, COMPILER)
 
 
 def backend() -> str:
-    return os.environ.get(BACKEND, "auto")
+    return os.environ.get(BACKEND) or "auto"
 
 
 def kernel_dir() -> Path:
-    """The folder of kernel sources: the variable, else the wheel's copy, else the source checkout's."""
-    if KERNEL_DIR in os.environ:
-        return Path(os.environ[KERNEL_DIR]).expanduser().resolve()
+    """The folder of kernel sources: the variable, else the wheel's copy, else the source checkout's.
+
+    Raises ValueError if the variable names a folder without any.
+    """
+    if named := os.environ.get(KERNEL_DIR):
+        folder = Path(named).expanduser().resolve()
+        if not any(folder.glob("*.cuh")):
+            raise ValueError(f"{KERNEL_DIR}: got {named!r}, expected a folder of kernel sources (*.cuh)")
+        return folder
     packaged = Path(__file__).parent / "kernels_cu"
     return packaged if packaged.is_dir() else Path(__file__).resolve().parents[1] / "kernels_cu"
 
 
 def cache_dir() -> Path:
-    if CACHE_DIR in os.environ:
-        return Path(os.environ[CACHE_DIR]).expanduser()
+    if named := os.environ.get(CACHE_DIR):
+        return Path(named).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "cuattn"
+
+
+def compiler() -> str:
+    return os.environ.get(COMPILER) or "c++"

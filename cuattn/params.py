@@ -9,6 +9,17 @@ class Strides(ctypes.Structure):
     _fields_ = [("batch", ctypes.c_int64), ("head", ctypes.c_int64), ("token", ctypes.c_int64)]
 
 
+class SequenceArrays(ctypes.Structure):
+    """Arrays of int32 on the device that hold lengths, or null."""
+
+    _fields_ = [
+        ("query_starts", ctypes.c_void_p),
+        ("key_starts", ctypes.c_void_p),
+        ("key_lengths", ctypes.c_void_p),
+        ("count", ctypes.c_int),
+    ]
+
+
 class ForwardParams(ctypes.Structure):
     """Pointers, strides and sizes of one launch; shapes stand in params.cuh."""
 
@@ -22,6 +33,7 @@ class ForwardParams(ctypes.Structure):
         ("key_strides", Strides),
         ("value_strides", Strides),
         ("out_strides", Strides),
+        ("sequences", SequenceArrays),
         ("query_heads", ctypes.c_int),
         ("group", ctypes.c_int),
         ("query_length", ctypes.c_int),

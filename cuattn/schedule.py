@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from cuattn.checks import Problem
 from cuattn.config import KernelConfig
 from cuattn.contract import softmax_factor
 from cuattn.interop import Tensor
-from cuattn.params import ForwardParams, Strides
+from cuattn.params import ForwardParams, SequenceArrays, Strides
+from cuattn.problem import Problem, Sequences
 
 LARGEST_GRID = 2**31 - 1
 
@@ -22,8 +22,15 @@ class LaunchPlan:
 
 
 def plan_forward(config: KernelConfig, problem: Problem, out: Tensor, lse: Tensor) -> LaunchPlan:
-    """One block for each (batch, query head, query tile). ``lse`` is contiguous (batch, query heads, query length)."""
-    query_tiles = -(-problem.query_length // config.query_tile)
+    """One block for each (batch, query head, query tile). ``lse`` is contiguous (batch, query heads, query length).
+
+    Packed sequences get as many tiles as they could need: their lengths are not known here (kernels_cu/attn/place.cuh).
+    """
+    sequences = problem.sequences
+    if sequences and sequences.query_starts:
+        query_tiles = problem.query_length // config.query_tile + sequences.count
+    else:
+        query_tiles = -(-problem.query_length // config.query_tile)
     grid = problem.batch * problem.query_heads * query_tiles
     if grid > LARGEST_GRID:
         raise ValueError(f"q: got {grid} tiles of {config.query_tile} rows, expected at most {LARGEST_GRID}")
@@ -38,6 +45,7 @@ def plan_forward(config: KernelConfig, problem: Problem, out: Tensor, lse: Tenso
         key_strides=Strides(*problem.key.strides[:3]),
         value_strides=Strides(*problem.value.strides[:3]),
         out_strides=Strides(*out.strides[:3]),
+        sequences=_arrays(sequences) if sequences else SequenceArrays(),
         query_heads=problem.query_heads,
         group=problem.query_heads // problem.key_heads,
         query_length=problem.query_length,
@@ -47,3 +55,8 @@ def plan_forward(config: KernelConfig, problem: Problem, out: Tensor, lse: Tenso
         negate_scores=negate,
     )
     return LaunchPlan(grid, config.warps * 32, config.shared_bytes, params)
+
+
+def _arrays(sequences: Sequences) -> SequenceArrays:
+    tensors = (sequences.query_starts, sequences.key_starts, sequences.key_lengths)
+    return SequenceArrays(*(tensor.pointer if tensor else None for tensor in tensors), sequences.count)

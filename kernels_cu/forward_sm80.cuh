@@ -10,6 +10,7 @@
 #include <attn/chunks.cuh>
 #include <attn/epilogue.cuh>
 #include <attn/params.cuh>
+#include <attn/place.cuh>
 #include <attn/products.cuh>
 #include <attn/softmax.cuh>
 #include <attn/tile.cuh>
@@ -20,7 +21,7 @@
 
 namespace cuattn {
 
-using config::head_dim, config::key_tile, config::query_tile, config::ring_slots, config::warps;
+using config::head_dim, config::tile_dim, config::key_tile, config::query_tile, config::ring_slots, config::warps;
 
 constexpr int threads = warps * 32;
 constexpr int lag = ring_slots > 2 ? 1 : 0;  // steps between the two halves of the warps
@@ -28,80 +29,73 @@ constexpr int lookahead = ring_slots - 1 - lag;
 
 static_assert(config::contract_version == 1, "this file implements version 1 of docs/numerics.md");
 static_assert(query_tile == warps * 16);
-static_assert(head_dim % 16 == 0 && key_tile % 16 == 0, "products run over aligned groups of 16");
+constexpr int columns = (head_dim + 15) / 16 * 16;  // products run over groups of 16, the last one filled up with zeros
+
+static_assert(head_dim % 8 == 0 && columns <= tile_dim && key_tile % 16 == 0);
 static_assert(config::chunk_length(0) % key_tile == 0, "a chunk is a whole number of tiles");
 
-using KeyTile = Tile<head_dim>;
-using Products = WarpProducts<head_dim, key_tile, config::bfloat16>;
-using Merged = MergedChunks<head_dim / 8>;
+using BlockPlace = Place<query_tile, config::causal, config::ragged>;
+using KeyTile = Tile<tile_dim>;
+using Products = WarpProducts<columns, tile_dim, key_tile, config::bfloat16>;
+using Merged = MergedChunks<columns / 8>;
 
 struct SharedMemory {
-    alignas(1024) u16 ring[ring_slots][key_tile * head_dim];
+    alignas(1024) u16 ring[ring_slots][key_tile * tile_dim];
     // of each warp: first its query rows, then its merged chunks, then its rows on their way out
-    unsigned char rows[warps][Merged::bytes_per_warp];
+    unsigned char rows[warps][MergedChunks<tile_dim / 8>::bytes_per_warp];
 };
 static_assert(sizeof(SharedMemory) == config::shared_bytes);
-static_assert(Merged::bytes_per_warp >= 16 * head_dim * 2, "query rows fit where merged chunks go");
+static_assert(sizeof(SharedMemory::rows[0]) >= 16 * tile_dim * 2, "query rows fit where merged chunks go");
 
 extern "C" __global__ void __launch_bounds__(threads, config::blocks_per_multiprocessor)
     forward_sm80(const __grid_constant__ ForwardParams params) {
     SharedMemory& shared = *static_cast<SharedMemory*>(ptx::dynamic_shared());
     const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
-
-    // Longest causal rows first: the block scheduler fills the tail with short ones.
-    const int tile_index = params.query_tiles - 1 - static_cast<int>(blockIdx.x % params.query_tiles);
-    const int head = static_cast<int>(blockIdx.x / params.query_tiles % params.query_heads);
-    const i64 batch = blockIdx.x / params.query_tiles / params.query_heads;
-    const int first_row = tile_index * query_tile, warp_row = first_row + warp * 16;  // of the block, of the warp
-
-    // Keys that the query at `row` sees: always a prefix.
-    const auto visible_keys = [&](int row) {
-        if (!config::causal) return params.key_length;
-        return max(0, min(params.key_length, params.key_length - params.query_length + row + 1));
+    const BlockPlace place(params, lane);
+    if (config::ragged && !place.has_rows()) return;
+    const int warp_row = place.first_row + warp * 16;
+    const auto tiles_until = [&](int row) {  // tiles that the rows before `row` see
+        return (place.visible_keys(min(row, place.query_length) - 1) + key_tile - 1) / key_tile;
     };
-    const auto tiles_for = [&](int keys) { return (keys + key_tile - 1) / key_tile; };
-    const int block_tiles = tiles_for(visible_keys(min(first_row + query_tile, params.query_length) - 1));
-    const int warp_tiles =
-        warp_row < params.query_length ? tiles_for(visible_keys(min(warp_row + 16, params.query_length) - 1)) : 0;
+    const int block_tiles = tiles_until(place.first_row + query_tile);
+    const int warp_tiles = warp_row < place.query_length ? tiles_until(warp_row + 16) : 0;
 
-    const u16* const keys =
-        params.key + batch * params.key_strides.batch + head / params.group * params.key_strides.head;
-    const u16* const values =
-        params.value + batch * params.value_strides.batch + head / params.group * params.value_strides.head;
+    const u16* const keys = place.row_of(params.key, params.key_strides, place.key_start, params.group);
+    const u16* const values = place.row_of(params.value, params.value_strides, place.key_start, params.group);
     const auto ring_slot = [&](int step) { return ptx::shared_address(shared.ring[step % ring_slots]); };
     // Step 2 j loads key tile j, step 2 j + 1 value tile j; one group of copies a step, empty behind the end.
     const auto load = [&](int step) {
         if (step < 2 * block_tiles) {
             const int first_key = step / 2 * key_tile;
             const i64 stride = step % 2 == 0 ? params.key_strides.token : params.value_strides.token;
-            KeyTile::load<key_tile, threads>(ring_slot(step), (step % 2 == 0 ? keys : values) + first_key * stride,
-                                             stride, params.key_length - first_key, threadIdx.x);
+            KeyTile::load<head_dim, key_tile, threads>(ring_slot(step),
+                                                       (step % 2 == 0 ? keys : values) + first_key * stride, stride,
+                                                       place.key_length - first_key, threadIdx.x);
         }
         ptx::cp_async_commit();
     };
 
     const u32 warp_memory = ptx::shared_address(shared.rows[warp]);
-    KeyTile::load<16, 32>(warp_memory,
-                          params.query + batch * params.query_strides.batch + head * params.query_strides.head +
-                              warp_row * params.query_strides.token,
-                          params.query_strides.token, params.query_length - warp_row, lane);
+    KeyTile::load<head_dim, 16, 32>(warp_memory,
+                                    place.row_of(params.query, params.query_strides, place.query_start + warp_row),
+                                    params.query_strides.token, place.query_length - warp_row, lane);
     ptx::cp_async_commit();
     for (int step = 0; step < lookahead; ++step) load(step);
 
-    u32 query[head_dim / 16][4];
+    u32 query[columns / 16][4];
     ptx::cp_async_wait<lookahead>();
     __syncwarp();
 #pragma unroll
-    for (int k = 0; k < head_dim / 16; ++k) {
+    for (int k = 0; k < columns / 16; ++k) {
         ptx::ldmatrix_x4(query[k], warp_memory + KeyTile::offset(lane & 15, 2 * k + (lane >> 4)));
     }
 
     const Merged merged(warp_memory);
     RowStatistics rows;
     rows.reset();
-    float score[key_tile / 8][4], out[head_dim / 8][4];
+    float score[key_tile / 8][4], out[columns / 8][4];
 #pragma unroll
-    for (int b = 0; b < head_dim / 8; ++b) out[b][0] = out[b][1] = out[b][2] = out[b][3] = 0.0f;
+    for (int b = 0; b < columns / 8; ++b) out[b][0] = out[b][1] = out[b][2] = out[b][3] = 0.0f;
     int chunk_end = config::chunk_length(0);
     const auto first_chunk = [&] { return chunk_end == config::chunk_length(0); };
 
@@ -126,16 +120,16 @@ extern "C" __global__ void __launch_bounds__(threads, config::blocks_per_multipr
                 for (int c = 0; c < 4; ++c) score[b][c] = -score[b][c];
             }
         }
-        if (first_key + key_tile > visible_keys(warp_row)) {
+        if (first_key + key_tile > place.visible_keys(warp_row)) {
             const int row = warp_row + lane / 4;
-            mask_scores(score, {visible_keys(row) - first_key, visible_keys(row + 8) - first_key}, lane);
+            mask_scores(score, {place.visible_keys(row) - first_key, place.visible_keys(row + 8) - first_key}, lane);
         }
         float rescale[2];
         softmax_tile(score, rows, params.factor, rescale);
         // Skipped only where it would multiply by exactly 1.
         if (__any_sync(all_lanes, rescale[0] != 1.0f || rescale[1] != 1.0f)) {
 #pragma unroll
-            for (int b = 0; b < head_dim / 8; ++b) {
+            for (int b = 0; b < columns / 8; ++b) {
 #pragma unroll
                 for (int c = 0; c < 4; ++c) out[b][c] = __fmul_rn(out[b][c], rescale[c / 2]);
             }
@@ -147,18 +141,17 @@ extern "C" __global__ void __launch_bounds__(threads, config::blocks_per_multipr
             merged.store(out, rows);
             rows.reset();
 #pragma unroll
-            for (int b = 0; b < head_dim / 8; ++b) out[b][0] = out[b][1] = out[b][2] = out[b][3] = 0.0f;
+            for (int b = 0; b < columns / 8; ++b) out[b][0] = out[b][1] = out[b][2] = out[b][3] = 0.0f;
             chunk_end += config::chunk_length(chunk_end);
         }
     }
 
     merged.fold(out, rows, first_chunk());
-    const i64 row_offset = (batch * params.query_heads + head) * params.query_length + warp_row;
-    store_rows<head_dim, config::bfloat16>(out, rows, warp_memory,
-                                           params.out + batch * params.out_strides.batch +
-                                               head * params.out_strides.head + warp_row * params.out_strides.token,
-                                           params.out_strides.token, params.lse + row_offset,
-                                           params.query_length - warp_row);
+    const BlockPlace end(params, lane);  // found again rather than kept in registers
+    const i64 lse_row = (end.batch * params.query_heads + end.head) * params.query_length + end.query_start + warp_row;
+    store_rows<head_dim, tile_dim, config::bfloat16>(
+        out, rows, warp_memory, end.row_of(params.out, params.out_strides, end.query_start + warp_row),
+        params.out_strides.token, params.lse + lse_row, min(16, end.query_length - warp_row));
 }
 
 }  // namespace cuattn

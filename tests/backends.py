@@ -1,6 +1,7 @@
 """The implementations that run on this machine's CPU, as operations that `cuattn.testing` takes."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,18 +10,29 @@ import cuattn
 from cuattn.testing.subject import Operation
 
 #: (backend, architecture)
-REFERENCE, SM_80, SM_90A = ("reference", None), ("emulator", "sm_80"), ("emulator", "sm_90a")
+REFERENCE, SM_80, SM_86, SM_90A = (
+    ("reference", None),
+    ("emulator", "sm_80"),
+    ("emulator", "sm_86"),
+    ("emulator", "sm_90a"),
+)
+
+
+def on_backend(function: Callable[..., Any], backend: tuple[str, str | None]) -> Callable[..., Any]:
+    """A function of cuattn that runs on one backend, with all its keywords."""
+
+    @functools.wraps(function)
+    def on_it(*args: Any, **options: Any) -> Any:
+        with cuattn.use_backend(*backend):
+            return function(*args, **options)
+
+    return on_it
 
 
 def attention_on(backend: tuple[str, str | None]) -> Operation:
-    """`cuattn.attention` on one backend, with all its keywords."""
-
-    @functools.wraps(cuattn.attention)
-    def attention(*args: Any, **options: Any) -> Any:
-        with cuattn.use_backend(*backend):
-            return cuattn.attention(*args, **options)
-
-    return attention
+    """`cuattn.attention` and, with cu_seqlens_q and cu_seqlens_k, `cuattn.attention_varlen` on one backend."""
+    attention, varlen = (on_backend(f, backend) for f in (cuattn.attention, cuattn.attention_varlen))
+    return cuattn.testing.with_packed(attention, varlen)
 
 
 def backend_params(*backends: tuple[str, str | None]) -> list[Any]:

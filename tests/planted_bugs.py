@@ -67,8 +67,8 @@ BUGS = {
     ),
     "no barrier among the lanes that store rows": Bug(
         EPILOGUE,
-        "    __syncwarp();\n#pragma unroll\n    for (int i = 0; i < 16",
-        "\n#pragma unroll\n    for (int i = 0; i < 16",
+        "    __syncwarp();\n#pragma unroll\n    for (int i = 0; i < 16 * units",
+        "\n#pragma unroll\n    for (int i = 0; i < 16 * units",
         "shared (load|store) .* race with a (read|write) by thread",
     ),
     "no barrier among the lanes that share a row": Bug(
@@ -115,7 +115,10 @@ BUGS = {
         EPILOGUE, STORE_ROW, STORE_ROW.replace("* 8", "* 8 + 1"), "global store of 16 bytes .* misaligned"
     ),
     "a store to an input": Bug(
-        FORWARD, "params.out + ", "const_cast<u16*>(params.query) + ", "global store of 16 bytes .* q is an input"
+        FORWARD,
+        "end.row_of(params.out,",
+        "end.row_of(const_cast<u16*>(params.query),",
+        "global store of 16 bytes .* q is an input",
     ),
     "a row that is not stored": Bug(
         EPILOGUE,
@@ -154,8 +157,8 @@ BUGS = {
     ),
     "shared memory that nobody wrote": Bug(
         FORWARD,
-        "KeyTile::load<16, 32>(warp_memory,",
-        "if (lane < 0) KeyTile::load<16, 32>(warp_memory,",
+        "KeyTile::load<head_dim, 16, 32>(warp_memory,",
+        "if (lane < 0) KeyTile::load<head_dim, 16, 32>(warp_memory,",
         "never written",
     ),
 }

@@ -1,5 +1,6 @@
 """Small attention operations in NumPy, good and bad, for the tests of the tests."""
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,17 @@ def with_keywords(
     layout: str = "bhsd",
     num_splits: int | None = None,
     out: Any = None,
+    kv_lengths: Any = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
 ) -> Any:
     """`row_by_row` with every keyword that a check may use."""
+    if cu_seqlens_q is not None:
+        return _packed(q, k, v, mask, scale, cu_seqlens_q, cu_seqlens_k)
     if layout == "bshd":
         q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    result, lse = row_by_row(q, k, v, mask, scale=scale)
+    lengths = None if kv_lengths is None else raw_bits(kv_lengths)[0].tolist()
+    result, lse = _attend(q, k, v, mask, scale, chunk=1 << 30, lengths=lengths)
     if layout == "bshd":
         result = result.swapaxes(1, 2)
     if out is not None:
@@ -42,7 +49,20 @@ def moving_chunks(q: Any, k: Any, v: Any, mask: str, *, scale: float | None = No
     return _attend(q, k, v, mask, scale, chunk=8 + 3 * q.shape[0] + q.shape[1] + q.shape[2])
 
 
-def _attend(q: Any, k: Any, v: Any, mask: str, scale: float | None, chunk: int) -> Any:
+def _packed(q: Any, k: Any, v: Any, mask: str, scale: float | None, starts_q: Any, starts_k: Any) -> Any:
+    library, dtype = library_of(q), raw_bits(q)[1]
+    results = []
+    spans = (pairwise(raw_bits(starts)[0].tolist()) for starts in (starts_q, starts_k))
+    for rows, keys in zip(*spans, strict=True):
+        one = (x[slice(*span)].swapaxes(0, 1)[None] for x, span in ((q, rows), (k, keys), (v, keys)))
+        results.append([raw_bits(part)[0][0] for part in row_by_row(*one, mask, scale=scale)])
+    out, lse = (np.concatenate(parts, axis=1) for parts in zip(*results, strict=True))
+    return library.array(out.swapaxes(0, 1), dtype), library.array(lse, "float32")
+
+
+def _attend(
+    q: Any, k: Any, v: Any, mask: str, scale: float | None, chunk: int, lengths: list[int] | None = None
+) -> Any:
     library, dtype = library_of(q), raw_bits(q)[1]
     query, key, value = (values_of(*raw_bits(x)).astype(np.float32) for x in (q, k, v))
     group = query.shape[1] // key.shape[1]
@@ -51,8 +71,9 @@ def _attend(q: Any, k: Any, v: Any, mask: str, scale: float | None, chunk: int) 
     lse = np.full(query.shape[:3], -np.inf, np.float32)
     counts = visible_keys(query.shape[2], key.shape[2], mask)
     for b, h, i in np.ndindex(*lse.shape):
-        for start in range(0, counts[i], chunk):
-            keys = slice(start, min(start + chunk, counts[i]))
+        count = counts[i] if lengths is None else min(counts[i], lengths[b])
+        for start in range(0, count, chunk):
+            keys = slice(start, min(start + chunk, count))
             scores = (key[b, h // group, keys] * query[b, h, i]).sum(axis=1) * factor
             highest = scores.max()
             weights = np.exp(scores - highest)

@@ -28,6 +28,8 @@ def test_the_block_decides_then_the_variable_then_the_device(monkeypatch: pytest
         assert backend.active() == Backend("reference")
     monkeypatch.setenv(env.BACKEND, "emulator")
     assert backend.active() == Backend("emulator", "sm_80")
+    monkeypatch.setenv(env.BACKEND, "")
+    assert backend.active() == Backend("auto")
 
 
 def test_an_error_in_the_block_ends_it() -> None:
@@ -59,7 +61,8 @@ def test_bad_choices(name: str, arch: str | None, message: str) -> None:
     ("value", "message"),
     [
         ("gpu", "CUATTN_BACKEND: got 'gpu', expected one of"),
-        ("emulator:sm_70", "arch: got 'sm_70', expected one of"),
+        ("emulator:sm_70", "CUATTN_BACKEND: got 'sm_70', expected one of sm_80, "),
+        ("reference:sm_80", "CUATTN_BACKEND: got 'sm_80', expected None for the backend 'reference'"),
     ],
 )
 def test_a_bad_variable(value: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:

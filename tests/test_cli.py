@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from stand_ins import moving_chunks, with_keywords
 
 import cuattn
 from cuattn import env
 from cuattn.cli import check, libraries, machine, main
-from cuattn.cli.report import PlainReporter, Reporter, RichReporter, Table, make_reporter
+from cuattn.cli.report import PlainReporter, Reporter, RichReporter, Table, counted, make_reporter
 from cuattn.config import select_config
 from cuattn.errors import CompileError, MissingDependencyError
 from cuattn.jit import Precompiled
@@ -103,6 +104,7 @@ class TestCheck:
         assert f"negative control: 1 of {len(CHECKS)} checks failed as they must" in text
         assert "more failures" in text
         assert "negative control of batch size, float16" in text
+        assert text.count(": a non-invariant operation passed\n") == check.SHOWN_FAILURES
 
     @pytest.mark.usefixtures("few_cases")
     def test_an_operation_that_raises_is_reported(
@@ -131,6 +133,17 @@ class TestCheck:
         assert main(["check"]) == 1
         assert capsys.readouterr().err == f"cuattn: {error}\n"
 
+    @pytest.mark.usefixtures("few_cases")
+    def test_a_report_that_cannot_be_written(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def full(*args: Any, **options: Any) -> int:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(Path, "write_text", full)
+        assert main(["check", "--json", str(tmp_path / "report.json")]) == 1
+        assert capsys.readouterr().err == "cuattn: [Errno 28] No space left on device\n"
+
     @pytest.mark.parametrize(
         ("argv", "message"),
         [
@@ -139,6 +152,9 @@ class TestCheck:
             (["--backend", "emulator", "--arch", "sm_70"], "invalid choice: 'sm_70'"),
             (["--backend", "cuda"], "--backend: got cuda, expected it where CuPy"),
             (["--backend", "reference", "--library", "cupy"], "--library: got cupy, expected one with cpu arrays"),
+            (["--json", "/nonexistent/x.json"], "--json: got '/nonexistent/x.json', expected a file in an existing"),
+            (["--json", "/"], "--json: got '/', expected a file in an existing folder"),
+            (["--json", ""], "--json: got '', expected a file in an existing folder"),
         ],
     )
     def test_wrong_usage(self, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,9 +194,10 @@ def _remember(variants: dict[str, Any]) -> Iterator[Case]:
     return iter(SWEEP_CASES)
 
 
-def _attend_whole(op: Any, q: Any, k: Any, v: Any, mask: str, cut: int, options: Any) -> Any:
+def _attend_whole(op: Any, sequence: Any, mask: str, cut: int, length: int | None, options: Any) -> Any:
     """What makes the controls invariant."""
-    return op(q, k, v, mask, **options)
+    lengths = None if length is None else np.array([length], np.int32)
+    return op(*sequence, mask, kv_lengths=lengths, **options)
 
 
 class TestLibraries:
@@ -230,6 +247,28 @@ class TestInfo:
         main(["info"])
         assert "emulator:sm_90a (CUATTN_BACKEND)" in capsys.readouterr().out
 
+    @pytest.mark.parametrize("command", [["info"], ["check"]])
+    @pytest.mark.parametrize(
+        ("variable", "value", "expected"),
+        [
+            (env.BACKEND, "emulator:sm_99", "CUATTN_BACKEND: got 'sm_99', expected one of sm_80, "),
+            (env.BACKEND, "gpu", "CUATTN_BACKEND: got 'gpu', expected one of 'auto', "),
+            (env.KERNEL_DIR, "/nonexistent", "CUATTN_KERNEL_DIR: got '/nonexistent', expected a folder of kernel"),
+        ],
+    )
+    def test_a_wrong_environment_variable_is_an_error(
+        self,
+        command: list[str],
+        variable: str,
+        value: str,
+        expected: str,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setenv(variable, value)
+        usage_error(*command)
+        assert expected in capsys.readouterr().err
+
 
 class TestKernels:
     def test_cache_list_and_clear(
@@ -240,8 +279,10 @@ class TestKernels:
         monkeypatch.setenv(env.CACHE_DIR, str(tmp_path))
         assert main(["cache", "list"]) == 0
         assert f"0 files, 0 KiB, in {tmp_path}" in capsys.readouterr().out
-        for key in ("a", "b"):
+        for key, text in (("a", "1 file, 2 KiB, in "), ("b", "2 files, 4 KiB, in ")):
             path = ArtifactCache(tmp_path).get(key, f"kernel_{key}", "cubin", lambda: bytes(2048), {})
+            main(["cache", "list"])
+            assert f"\n{text}{tmp_path}\n" in capsys.readouterr().out
         path.write_bytes(b"damaged")
         main(["cache", "list"])
         text = capsys.readouterr().out
@@ -252,6 +293,10 @@ class TestKernels:
         assert main(["cache", "clear"]) == 0
         assert f"2 files removed from {tmp_path}" in capsys.readouterr().out
         assert ArtifactCache(tmp_path).entries() == []
+
+    @pytest.mark.parametrize(("number", "text"), [(0, "0 files"), (1, "1 file"), (2, "2 files")])
+    def test_plurals(self, number: int, text: str) -> None:
+        assert counted(number, "file") == text
 
     def test_precompile_passes_the_selection_on(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from cuattn import env
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -73,6 +75,12 @@ def test_relative_links_lead_to_files(page: Path) -> None:
     links = re.findall(r"\]\((?!https?://|#)([^)#\s]+)", page.read_text(encoding="utf-8"))
     missing = [link for link in links if not (page.parent / link).exists()]
     assert not missing
+
+
+def test_the_readme_lists_the_environment_variables() -> None:
+    _, _, section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Environment variables\n")
+    table = section.partition("\n## ")[0]
+    assert tuple(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == env.VARIABLES
 
 
 def test_continuous_integration_types_the_commands_of_the_readme() -> None:

@@ -156,6 +156,8 @@ class TestBuild:
             Problem().run()
         message = str(caught.value)
         assert message.startswith("forward_sm80_d64_full_bfloat16_sm_80: ")
+        assert "\nconfiguration: {" in message
+        assert "'head_dim': 64, " in message
         assert " -std=c++17 " in message.replace("flags: ", " ")
         assert re.search(r"tile\.cuh:\d+:\d+: error: ", message)
         assert re.search(r"^   1 \| #include <cuda_builtins.h>$", message, re.MULTILINE)
@@ -166,7 +168,7 @@ class TestBuild:
         config = select_config(64, "full", "bfloat16", "sm_80")
         first = build.load(config)
         assert build.load(config) is first
-        change(sources / FORWARD, "// Keys that the query at", "// The keys that the query at")
+        change(sources / FORWARD, "// Step 2 j loads", "// A step 2 j loads")
         monkeypatch.setattr(build.subprocess, "run", refuse := Refusal())
         with pytest.raises(AssertionError, match="compiler"):
             build.load(config)

@@ -84,7 +84,11 @@ def test_torch_tensors_that_require_grad() -> None:
     tensor = import_tensor(parameter, "q")
     assert tensor.pointer == parameter.data_ptr()
     assert not tensor.framework.empty((2, 3), "float32", CPU, tensor).owner.requires_grad
-    assert import_tensor(parameter * 2, "q").shape == (2, 3)
+    assert import_tensor(parameter * 2, "q").requires_grad
+    assert tensor.requires_grad
+    with torch.no_grad():
+        assert not import_tensor(parameter, "q").requires_grad
+    assert not import_tensor(parameter.detach(), "q").requires_grad
 
 
 def test_torch_negative_bit_is_resolved() -> None:

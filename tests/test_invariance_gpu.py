@@ -38,7 +38,8 @@ def on_host() -> Library:
 @on_both_masks
 def test_sweep(dtype: str, head_dim: int, mask: str) -> None:
     cases = testing.standard_cases("device", (dtype,), (head_dim,), (mask,))
-    testing.assert_invariant(cuattn.attention, cases, on_device())
+    attention = testing.with_packed(cuattn.attention, cuattn.attention_varlen)
+    testing.assert_invariant(attention, cases, on_device())
 
 
 @on_both_dtypes

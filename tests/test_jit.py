@@ -216,11 +216,14 @@ def test_precompile_for_two_architectures(folder: Path) -> None:
     arguments = ([64], ["causal"], None, ["sm_80", "sm_90a"])
     compiled = jit.precompile(*arguments, progress=lambda *call: seen.append(call))
     assert [kernel.config for kernel in compiled] == [
-        select_config(64, "causal", dtype, arch) for arch in ("sm_80", "sm_90a") for dtype in ("float16", "bfloat16")
+        select_config(64, "causal", dtype, arch, ragged)
+        for arch in ("sm_80", "sm_90a")
+        for dtype in ("float16", "bfloat16")
+        for ragged in (False, True)
     ]
     assert all(kernel.path.is_file() and kernel.seconds > 0 and not kernel.from_cache for kernel in compiled)
-    assert len({kernel.path for kernel in compiled}) == 4
-    assert [call[:2] for call in seen] == [(done, 4) for done in (1, 2, 3, 4)]
+    assert len({kernel.path for kernel in compiled}) == 8
+    assert [call[:2] for call in seen] == [(done, 8) for done in range(1, 9)]
     assert {call[2] for call in seen} == set(compiled)
     again = jit.precompile(*arguments, jobs=1)
     assert [kernel.path for kernel in again] == [kernel.path for kernel in compiled]
@@ -239,8 +242,8 @@ def test_precompile_takes_the_devices_at_hand_or_all_that_nvrtc_knows(monkeypatc
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"head_dims": [64, 100]}, "head_dims: got 100, expected values among 64, 128"),
-        ({"head_dims": 64}, "head_dims: got 64, expected None or a list of values among 64, 128"),
+        ({"head_dims": [64, 100]}, "head_dims: got 100, expected values among 8, 16, "),
+        ({"head_dims": 64}, "head_dims: got 64, expected None or a list of values among 8, 16, "),
         ({"masks": ["window"]}, "masks: got 'window', expected values among full, causal"),
         ({"masks": "causal"}, "masks: got 'causal', expected None or a list of values among full, causal"),
         ({"dtypes": ["float32"]}, "dtypes: got 'float32', expected values among float16, bfloat16"),

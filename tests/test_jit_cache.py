@@ -112,6 +112,24 @@ def test_entries_and_clear_leave_other_files_alone(cache: ArtifactCache) -> None
     assert list(cache.folder.iterdir()) == [foreign]
 
 
+def test_a_folder_that_is_named_like_an_entry_is_left_alone(cache: ArtifactCache) -> None:
+    path = cache.get("key", "kernel", "cubin", build, {})
+    (folder := path.with_name(path.name.replace("kernel", "folder"))).mkdir()
+    assert [entry.path for entry in cache.entries()] == [path]
+    assert cache.clear() == 1
+    assert folder.is_dir()
+
+
+def test_an_entry_that_is_removed_meanwhile_is_not_listed(
+    cache: ArtifactCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, removed = (cache.get(key, "kernel", "cubin", build, {}) for key in ("a", "b"))
+    found = cache._own_files()
+    removed.unlink()
+    monkeypatch.setattr(cache, "_own_files", lambda: found)
+    assert [entry.path for entry in cache.entries()] == [kept]
+
+
 # --- many processes
 
 

@@ -17,12 +17,14 @@ def test_the_unit_names_the_configuration_and_its_constants() -> None:
     assert source.endswith("#include <forward_sm80.cuh>\n")
     constants = dict(re.findall(r"constexpr \w+ (\w+) = (\w+);", source))
     assert constants.pop("causal") == constants.pop("bfloat16") == "true"
+    assert constants.pop("ragged") == "false"
     assert {name: int(value) for name, value in constants.items()} == {
         "contract_version": contract.CONTRACT_VERSION,
         **{
             name: getattr(CONFIG, name)
             for name in (
                 "head_dim",
+                "tile_dim",
                 "key_tile",
                 "warps",
                 "blocks_per_multiprocessor",
@@ -52,7 +54,7 @@ def sees_the_batch(source: str) -> bool:
 
 def test_nothing_of_the_batch_can_reach_a_unit() -> None:
     assert list(inspect.signature(jit.kernel_source).parameters) == ["config"]
-    assert set(KernelConfig.__dataclass_fields__) == {"head_dim", "mask", "dtype", "arch", "kernel"}
+    assert set(KernelConfig.__dataclass_fields__) == {"head_dim", "mask", "dtype", "arch", "ragged", "kernel"}
     for arch in cuattn.config.ARCHITECTURES:
         for config in cuattn.config.all_configs(arch):
             assert not sees_the_batch(jit.kernel_source(config))

@@ -14,6 +14,9 @@ OPTIONAL = {"cupy", "jax", "ml_dtypes", "rich", "torch"}
 ASM = re.compile(r"\b(__)?asm(__)?\b")
 CONDITIONAL = re.compile(r"^\s*#\s*(if|ifdef|ifndef|elif|else)\b", re.MULTILINE)
 
+FUNCTION = re.compile(r"^\w[\w* ]*?\b(\w+)\(", re.MULTILINE)
+HOST = re.compile(r"^namespace host \{$.*?^\}$", re.MULTILINE | re.DOTALL)
+
 
 def without_comments(source: str) -> str:
     return re.sub(r"//[^\n]*|/\*.*?\*/", "", source, flags=re.DOTALL)
@@ -52,10 +55,19 @@ def test_inline_asm_stands_only_in_the_wrappers() -> None:
     assert {name for name in found if not name.startswith("ptx/")} == set()
 
 
-def test_every_wrapper_file_has_a_twin() -> None:
-    wrappers = {file.name for file in (KERNELS / "ptx").iterdir()}
-    assert wrappers
-    assert wrappers - {file.name for file in (TWINS / "ptx").iterdir()} == set()
+def functions(folder: Path) -> dict[str, set[str]]:
+    """File name -> names of the functions that start a line in it, all but those of ``namespace host``."""
+    return {
+        file.name: set(FUNCTION.findall(HOST.sub("", without_comments(file.read_text(encoding="utf-8")))))
+        for file in folder.iterdir()
+    }
+
+
+def test_every_wrapper_has_a_twin_and_every_twin_a_wrapper() -> None:
+    wrappers = functions(KERNELS / "ptx")
+    assert "mma_m16n8k16" in wrappers["mma.cuh"]
+    assert all(wrappers.values())
+    assert functions(TWINS / "ptx") == wrappers
 
 
 def test_kernels_have_no_conditional_compilation() -> None:

@@ -123,7 +123,13 @@ class TestSweep:
 
     def test_keywords_that_an_operation_lacks_are_not_checked(self) -> None:
         names = {trial.check.name for trial in testing.plan_sweep(row_by_row, [CONTROL_CASE])}
-        assert set(CHECK_NAMES) - names == {"layout", "num_splits", "given output"}
+        assert set(CHECK_NAMES) - names == {
+            "layout",
+            "num_splits",
+            "given output",
+            "key lengths",
+            "packed sequences",
+        }
 
     def test_a_check_that_its_control_passes_is_a_failure(self) -> None:
         harmless = replace(_check("repeated runs"), control=lambda op: op)
@@ -163,6 +169,22 @@ class TestSweep:
         assert len(calls) < 10
 
     def test_attention_takes_part_with_all_its_keywords(self) -> None:
-        trials = testing.plan_sweep(cuattn.attention, [CONTROL_CASE])
+        attention = testing.with_packed(cuattn.attention, cuattn.attention_varlen)
+        trials = testing.plan_sweep(attention, [CONTROL_CASE])
         assert {trial.check.name for trial in trials} == set(CHECK_NAMES)
-        testing.assert_invariant(cuattn.attention, [CONTROL_CASE], TorchLibrary())
+        testing.assert_invariant(attention, [CONTROL_CASE], TorchLibrary())
+
+    def test_packed_sequences_need_an_operation_for_them(self) -> None:
+        names = {trial.check.name for trial in testing.plan_sweep(cuattn.attention, [CONTROL_CASE])}
+        assert set(CHECK_NAMES) - names == {"packed sequences"}
+        joined = testing.with_packed(row_by_row, cuattn.attention_varlen)
+        assert "packed sequences" in {trial.check.name for trial in testing.plan_sweep(joined, [CONTROL_CASE])}
+        with pytest.raises(BitwiseMismatch, match="sequence 0, packed: out"):  # its bits are others
+            _check("packed sequences").run(Subject(joined, NumpyLibrary(), CONTROL_CASE))
+
+    def test_padding_that_is_read_is_found(self) -> None:
+        def reading(q: Any, k: Any, v: Any, mask: str, *, kv_lengths: Any = None, **options: Any) -> Any:
+            return row_by_row(q, k, v, mask, **options)
+
+        with pytest.raises(BitwiseMismatch, match="rows 18 to 21 of sequence 0 with 87 keys: out"):
+            _check("key lengths").run(Subject(reading, NumpyLibrary(), CONTROL_CASE))

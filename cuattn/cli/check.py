@@ -11,9 +11,10 @@ from typing import Any
 
 from cuattn import __version__
 from cuattn import backend as backends
-from cuattn.api import attention
+from cuattn.api import attention as dense_attention
+from cuattn.api import attention_varlen
 from cuattn.cli import libraries, machine
-from cuattn.cli.report import Reporter, Table, make_reporter
+from cuattn.cli.report import Reporter, Table, counted, make_reporter
 from cuattn.config import ARCHITECTURES, DTYPES
 from cuattn.testing import (
     Accuracy,
@@ -24,8 +25,11 @@ from cuattn.testing import (
     plan_sweep,
     run_sweep,
     standard_cases,
+    with_packed,
 )
 
+#: What is examined.
+attention = with_packed(dense_attention, attention_varlen)
 #: Failures that are printed in full; the rest is counted, and all are in the JSON.
 SHOWN_FAILURES = 10
 
@@ -41,8 +45,16 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--arch", choices=list(ARCHITECTURES), help="what the emulator takes the part of")
     parser.add_argument("--library", choices=libraries.NAMES, help="whose arrays to use; default: what is installed")
     parser.add_argument("--quick", action="store_true", help="fewer and smaller cases")
-    parser.add_argument("--json", metavar="FILE", help="also write all results as JSON; - for standard output")
+    parser.add_argument(
+        "--json", metavar="FILE", type=_report_file, help="also write all results as JSON; - for standard output"
+    )
     parser.set_defaults(run=run, usage_error=parser.error)
+
+
+def _report_file(path: str) -> str:
+    if path != "-" and (Path(path).is_dir() or not Path(path).parent.is_dir()):
+        raise argparse.ArgumentTypeError(f"got {path!r}, expected a file in an existing folder")
+    return path
 
 
 @dataclass(frozen=True)
@@ -114,7 +126,7 @@ def _report(reporter: Reporter, sweep: Sequence[TrialResult], accuracy: Sequence
     for failure in failures[:SHOWN_FAILURES]:
         reporter.line(failure, good=False)
     if len(failures) > SHOWN_FAILURES:
-        reporter.line(f"and {len(failures) - SHOWN_FAILURES} more failures", good=False)
+        reporter.line(f"and {counted(len(failures) - SHOWN_FAILURES, 'more failure')}", good=False)
 
     trials = [r for r in sweep if not r.trial.control]
     checks = {r.trial.check.name for r in sweep}

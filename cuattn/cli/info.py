@@ -3,10 +3,11 @@
 import argparse
 from typing import Any
 
+from cuattn import backend as backends
 from cuattn import env
 from cuattn.cli import machine
 from cuattn.cli.kernels import kibibytes
-from cuattn.cli.report import Table, make_reporter
+from cuattn.cli.report import Table, counted, make_reporter
 
 
 def add_commands(commands: Any) -> None:
@@ -25,14 +26,14 @@ def run(arguments: argparse.Namespace) -> int:
         ("backend", _backend(bool(devices))),
         ("kernel folder", str(env.kernel_dir())),
         ("cache folder", str(env.cache_dir())),
-        ("cache", f"{len(entries)} files, {kibibytes(sum(entry.size for entry in entries))}"),
+        ("cache", f"{counted(len(entries), 'file')}, {kibibytes(sum(entry.size for entry in entries))}"),
     ]
     make_reporter().table(Table("cuattn", ("", ""), facts))
     return 0
 
 
 def _backend(has_device: bool) -> str:
-    chosen = env.backend()
-    if chosen != "auto":
-        return f"{chosen} ({env.BACKEND})"
+    chosen = backends.active()
+    if chosen.name != "auto":
+        return f"{':'.join(filter(None, (chosen.name, chosen.arch)))} ({env.BACKEND})"
     return "cuda for CUDA arrays, reference for CPU arrays" if has_device else "reference, on the CPU"

@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 from cuattn import env
-from cuattn.cli.report import Table, make_reporter
+from cuattn.cli.report import Table, counted, make_reporter
 from cuattn.config import ARCHITECTURES, DTYPES, HEAD_DIMS, MASKS
 
 
@@ -40,7 +40,7 @@ def list_cache(arguments: argparse.Namespace) -> int:
         ]
         reporter.table(Table("", ("kernel", "size", "built (UTC)", "intact"), rows, [e.intact for e in entries]))
     total = kibibytes(sum(entry.size for entry in entries))
-    reporter.line(f"{len(entries)} files, {total}, in {env.cache_dir()}")
+    reporter.line(f"{counted(len(entries), 'file')}, {total}, in {env.cache_dir()}")
     return 0
 
 
@@ -48,7 +48,7 @@ def clear_cache(arguments: argparse.Namespace) -> int:
     from cuattn.jit import ArtifactCache
 
     removed = ArtifactCache(env.cache_dir()).clear()
-    make_reporter().line(f"{removed} files removed from {env.cache_dir()}")
+    make_reporter().line(f"{counted(removed, 'file')} removed from {env.cache_dir()}")
     return 0
 
 
@@ -65,7 +65,8 @@ def run_precompile(arguments: argparse.Namespace) -> int:
     kernels = precompile(
         arguments.head_dim, arguments.mask, arguments.dtype, arguments.arch, jobs=arguments.jobs, progress=show
     )
-    reporter.line(f"{len(kernels)} kernels in {time.perf_counter() - start:.1f} s, in {env.cache_dir()}", good=True)
+    seconds = time.perf_counter() - start
+    reporter.line(f"{counted(len(kernels), 'kernel')} in {seconds:.1f} s, in {env.cache_dir()}", good=True)
     return 0
 
 

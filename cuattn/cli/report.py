@@ -23,6 +23,11 @@ class Table:
         return None if self.good is None else self.good[row]
 
 
+def counted(number: int, noun: str) -> str:
+    """ "1 file", "2 files"."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 class Reporter(Protocol):
     """Where a command reports to."""
 

@@ -3,7 +3,6 @@
 import ctypes
 import functools
 import hashlib
-import os
 import platform
 import shlex
 import shutil
@@ -36,7 +35,7 @@ def load_kernel(
     """The library that emulates ``cuattn::<kernel>(cuattn::<params>)``, a kernel of the CUDA C++ text ``source``.
 
     ``name`` and ``config`` describe it in the cache. Raises MissingDependencyError without a C++ compiler, and
-    CompileError with the compiler's messages and the numbered source.
+    CompileError with ``config``, the flags, the compiler's messages and the numbered source.
     """
     compiler = _compiler()
     folders = [INCLUDE, env.kernel_dir()]
@@ -57,7 +56,7 @@ def load_kernel(
             if done.returncode:
                 raise CompileError(
                     f"{name}: {compiler[0]} failed with exit code {done.returncode}\n"
-                    f"flags: {shlex.join(command[len(compiler) :])}\nlog:\n{done.stderr}\n"
+                    f"configuration: {config}\nflags: {shlex.join(command[len(compiler) :])}\nlog:\n{done.stderr}\n"
                     + listings(str(file), unit, done.stderr)
                 )
             return library.read_bytes()
@@ -83,11 +82,11 @@ def _load(path: Path) -> ctypes.CDLL:
 
 
 def _compiler() -> list[str]:
-    command = shlex.split(os.environ.get("CXX", "c++"))
+    command = shlex.split(env.compiler())
     if not command or shutil.which(command[0]) is None:
         raise MissingDependencyError(
             f"the emulator needs a C++17 compiler and {command[0] if command else 'c++'} is not on the PATH: "
-            "apt-get install g++, or set CXX"
+            f"apt-get install g++, or set {env.COMPILER}"
         )
     return command
 

@@ -2,20 +2,9 @@
 
 from typing import Any
 
-from cuattn.errors import MissingDependencyError
+from cuattn.devices import import_cupy
 from cuattn.interop.numpy_ import dtype_name, numpy_dtype
 from cuattn.interop.tensor import Device, Tensor, contiguous_strides, element_strides
-
-
-def import_cupy() -> Any:
-    """The module; MissingDependencyError where it is not installed."""
-    try:
-        import cupy
-    except ImportError as error:
-        raise MissingDependencyError(
-            "arrays on a GPU need CuPy: pip install 'cuattn[cuda13]', or 'cuattn[cuda12]' for a CUDA 12 driver"
-        ) from error
-    return cupy
 
 
 class CupyFramework:
@@ -43,6 +32,9 @@ class CupyFramework:
 
     def export(self, tensor: Tensor, like: Tensor) -> Any:
         return tensor.owner
+
+    def written(self, tensor: Tensor) -> None:
+        pass
 
     def stream(self, device: Device) -> int:
         return int(import_cupy().cuda.get_current_stream(device.index).ptr)

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from cuattn.devices import import_cupy
 from cuattn.interop import capsule
-from cuattn.interop.cupy_ import CupyFramework, import_cupy
+from cuattn.interop.cupy_ import CupyFramework
 from cuattn.interop.numpy_ import NumpyFramework, numpy_dtype
 from cuattn.interop.tensor import CPU, Device, Framework, Tensor
 
@@ -130,6 +131,9 @@ class DlpackFramework:
         namespace = getattr(like.owner.array, "__array_namespace__", None)
         from_dlpack = getattr(namespace(), "from_dlpack", None) if namespace else None
         return from_dlpack(Exporter(tensor)) if from_dlpack else tensor.owner.view(numpy_dtype(tensor.dtype))
+
+    def written(self, tensor: Tensor) -> None:
+        pass
 
     def stream(self, device: Device) -> int:
         return 0 if device == CPU else LEGACY_STREAM

@@ -67,5 +67,8 @@ class NumpyFramework:
     def export(self, tensor: Tensor, like: Tensor) -> Any:
         return tensor.owner
 
+    def written(self, tensor: Tensor) -> None:
+        pass
+
     def stream(self, device: Device) -> int:
         return 0

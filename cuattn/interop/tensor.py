@@ -31,6 +31,7 @@ class Tensor:
     dtype: NumPy's name, or "bfloat16"; a name that is not native to this machine, such as ">f2", stays as it is.
     owner: keeps the memory alive; of a tensor that ``Framework.empty`` made, the native array.
     readonly: whether writing is forbidden, or would not be seen by the caller.
+    requires_grad: whether its library would have to record what is written to it, for automatic differentiation.
     """
 
     pointer: int
@@ -41,6 +42,7 @@ class Tensor:
     framework: "Framework"
     owner: Any
     readonly: bool = False
+    requires_grad: bool = False
 
     @property
     def itemsize(self) -> int:
@@ -62,10 +64,6 @@ class Tensor:
         first, end = self.address_range
         return end - first
 
-    def with_axes(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> "Tensor":
-        """The same memory with its axes in another order, or other axes altogether."""
-        return Tensor(self.pointer, shape, strides, self.dtype, self.device, self.framework, self.owner, self.readonly)
-
 
 class Framework(Protocol):
     """One array library: how its arrays are read, allocated and handed back."""
@@ -83,6 +81,10 @@ class Framework(Protocol):
 
     def export(self, tensor: Tensor, like: Tensor) -> Any:
         """The array to hand to the user, of the type of ``like``, for a ``tensor`` made by ``empty``."""
+        ...
+
+    def written(self, tensor: Tensor) -> None:
+        """Tell the library that the memory of the caller's array was written to; ``owner`` is that array."""
         ...
 
     def stream(self, device: Device) -> int:

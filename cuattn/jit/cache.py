@@ -82,7 +82,12 @@ class ArtifactCache:
 
     def entries(self) -> list[Entry]:
         """What is in the folder, by file name; damaged entries included."""
-        return [_entry(path, match["name"]) for path, match in self._own_files() if not match["role"]]
+        found = []
+        for path, match in self._own_files():
+            if not match["role"]:
+                with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                    found.append(_entry(path, match["name"]))
+        return found
 
     def clear(self) -> int:
         """Removes every file that a cache wrote, and no other; returns the number of artifacts among them."""
@@ -100,7 +105,7 @@ class ArtifactCache:
         if not self.folder.is_dir():
             return []
         matches = ((path, _OWN_FILE.fullmatch(path.name)) for path in sorted(self.folder.iterdir()))
-        return [(path, match) for path, match in matches if match]
+        return [(path, match) for path, match in matches if match and path.is_file()]
 
 
 def _sidecar(artifact: Path) -> Path:

@@ -65,11 +65,12 @@ def precompile(
     MissingDependencyError.
     """
     chosen = [
-        configs.select_config(head_dim, mask, dtype, arch)
+        configs.select_config(head_dim, mask, dtype, arch, ragged)
         for arch in _checked("archs", _default_architectures() if archs is None else archs, configs.ARCHITECTURES)
         for head_dim in _checked("head_dims", head_dims, configs.HEAD_DIMS)
         for mask in _checked("masks", masks, configs.MASKS)
         for dtype in _checked("dtypes", dtypes, configs.DTYPES)
+        for ragged in (False, True)
     ]
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs: got {jobs}, expected None or a number of at least 1")

@@ -14,8 +14,10 @@ def kernel_source(config: KernelConfig) -> str:
     constants: dict[str, int | bool] = {
         "contract_version": contract.CONTRACT_VERSION,
         "head_dim": config.head_dim,
+        "tile_dim": config.tile_dim,
         "causal": config.mask == "causal",
         "bfloat16": config.dtype == "bfloat16",
+        "ragged": config.ragged,
         "key_tile": config.key_tile,
         "warps": config.warps,
         "blocks_per_multiprocessor": config.blocks_per_multiprocessor,

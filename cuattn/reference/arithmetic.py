@@ -51,7 +51,7 @@ def exp2(x: Array) -> Array:
 
 
 def natural_log(x: Array) -> Array:
-    """``ln(x)`` for positive normal x; infinity and NaN come back as they are."""
+    """``ln(x)`` for positive normal x or 0 (-inf); infinity and NaN come back as they are."""
     bits = x.view(np.int32)
     exponent = (bits - np.int32(0x3F2AAAAB)) >> 23
     t = (bits - (exponent << 23)).view(np.float32) - np.float32(1)
@@ -61,7 +61,8 @@ def natural_log(x: Array) -> Array:
     square = t * t
     e = exponent.astype(np.float32)
     tail = e * np.float32(-2.12194440e-4) + (square * t * p - square * np.float32(0.5))
-    return np.where(x < np.float32(np.inf), e * np.float32(0.693359375) + (t + tail), x)
+    finite = e * np.float32(0.693359375) + (t + tail)
+    return np.where(x == 0, np.float32(-np.inf), np.where(x < np.float32(np.inf), finite, x))
 
 
 def matmul(a: Array, b: Array) -> Array:

@@ -5,14 +5,15 @@ a tensor core.
 """
 
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 from cuattn import contract
-from cuattn.checks import Problem
 from cuattn.interop import Tensor, host_bits
+from cuattn.problem import PACKED, Problem
 from cuattn.reference import arithmetic
 from cuattn.reference.arithmetic import Array, exp2
 
@@ -34,38 +35,62 @@ class _Partial:
         return cls(np.full(rows, _NO_REFERENCE), np.zeros(rows, np.float32), np.zeros((rows, head_dim), np.float32))
 
 
+@dataclass(frozen=True)
+class _Sequence:
+    """One sequence: its batch entry, rows and keys; a causal row i sees ``diagonal`` + i + 1 keys, if they exist."""
+
+    batch: int
+    queries: slice
+    keys: slice
+    diagonal: int
+
+
 def forward(problem: Problem, out: Tensor, lse: Tensor) -> None:
     """Fills ``out`` (batch, head, token, column) and ``lse`` (batch, head, token) of a problem on the CPU."""
     dtype = problem.query.dtype
     query, key, value, out_bits = (host_bits(x) for x in (problem.query, problem.key, problem.value, out))
-    lse_values = host_bits(lse).view(np.float32)
+    lse_values = host_bits(lse).view(np.float32).reshape(problem.query.shape[:3])
     group = problem.query_heads // problem.key_heads
 
-    def one_head(index: tuple[int, int]) -> None:
-        b, h = index
-        keys, values = (arithmetic.widen(x[b, h // group], dtype) for x in (key, value))
-        for first in range(0, problem.query_length, ROWS):
-            rows = slice(first, min(first + ROWS, problem.query_length))
+    def one_head(work: tuple[_Sequence, int]) -> None:
+        sequence, h = work
+        b = sequence.batch
+        keys, values = (arithmetic.widen(x[b, h // group, sequence.keys], dtype) for x in (key, value))
+        for first in range(sequence.queries.start, sequence.queries.stop, ROWS):
+            rows = slice(first, min(first + ROWS, sequence.queries.stop))
             queries = arithmetic.widen(query[b, h, rows], dtype)
+            before = sequence.diagonal + first - sequence.queries.start
             with np.errstate(all="ignore"):  # per thread; infinities and NaN take their IEEE course
-                result, lse_values[b, h, rows] = _rows(problem, rows, queries, keys, values)
+                result, lse_values[b, h, rows] = _rows(problem, before, queries, keys, values)
                 out_bits[b, h, rows] = arithmetic.narrow(result, dtype)
 
-    heads = [(b, h) for b in range(problem.batch) for h in range(problem.query_heads)]
-    with ThreadPoolExecutor(min(len(heads), os.cpu_count() or 1)) as pool:
-        list(pool.map(one_head, heads))
+    work = [(sequence, h) for sequence in _sequences(problem) for h in range(problem.query_heads)]
+    with ThreadPoolExecutor(min(len(work), os.cpu_count() or 1)) as pool:
+        list(pool.map(one_head, work))
 
 
-def _rows(problem: Problem, rows: slice, query: Array, key: Array, value: Array) -> tuple[Array, Array]:
-    """Output before its rounding and LSE of some rows of one head."""
+def _sequences(problem: Problem) -> Iterator[_Sequence]:
+    all_queries, all_keys = slice(0, problem.query_length), slice(0, problem.key_length)
+    arrays = problem.sequences.arrays if problem.sequences else {}
+    lengths = {name: host_bits(tensor).view(np.int32).tolist() for name, tensor in arrays.items()}
+    for s in range(problem.sequences.count if problem.sequences else problem.batch):
+        queries, keys = all_queries, all_keys
+        if "cu_seqlens_q" in lengths:
+            queries, keys = (slice(*lengths[name][s : s + 2]) for name in ("cu_seqlens_q", "cu_seqlens_k"))
+        diagonal = (keys.stop - keys.start) - (queries.stop - queries.start)
+        if "kv_lengths" in lengths:
+            keys = slice(keys.start, keys.start + lengths["kv_lengths"][s])
+        yield _Sequence(0 if problem.layout == PACKED else s, queries, keys, diagonal)
+
+
+def _rows(problem: Problem, before: int, query: Array, key: Array, value: Array) -> tuple[Array, Array]:
+    """Output before its rounding and LSE of some rows of a head; the first, if causal, sees ``before`` + 1 keys."""
     factor, negate = contract.softmax_factor(problem.scale)
     tile = contract.key_tile(problem.head_dim)
     # the contract's one idea of a mask: row i sees the first visible[i] keys
-    visible = np.full(len(query), problem.key_length)
+    visible = np.full(len(query), len(key))
     if problem.mask == "causal":
-        visible = np.clip(
-            problem.key_length - problem.query_length + 1 + np.arange(rows.start, rows.stop), 0, problem.key_length
-        )
+        visible = np.clip(before + 1 + np.arange(len(query)), 0, len(key))
     if negate:
         query = -query
     merged = _Partial.empty(len(query), problem.head_dim)
@@ -82,7 +107,7 @@ def _rows(problem: Problem, rows: slice, query: Array, key: Array, value: Array)
     scale = np.where(empty, np.float32(0), np.float32(1) / merged.sum)
     lse = merged.reference * arithmetic.LN2 + arithmetic.natural_log(merged.sum)
     # adding +0 turns -0 into +0
-    return merged.out * scale[:, None] + np.float32(0), np.where(empty, np.float32(-np.inf), lse)
+    return merged.out * scale[:, None] + np.float32(0), lse
 
 
 def _add_tile(

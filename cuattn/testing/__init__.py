@@ -6,7 +6,8 @@
     for case in testing.accuracy_cases("small"):
         testing.assert_accurate(my_attention, case)
 
-An operation is ``op(q, k, v, mask, scale=..., return_lse=True) -> (out, lse)``.
+An operation is ``op(q, k, v, mask, scale=..., return_lse=True) -> (out, lse)``. With
+``op = testing.with_packed(my_attention, my_attention_varlen)`` packed sequences are checked as well.
 """
 
 from cuattn.testing.accuracy import Accuracy, assert_accurate, measure_accuracy
@@ -16,7 +17,7 @@ from cuattn.testing.cases import SIZES, accuracy_cases, standard_cases
 from cuattn.testing.controls import Call, non_invariant
 from cuattn.testing.inputs import FAMILIES, Case, Inputs, make_inputs
 from cuattn.testing.invariance import CHECKS, Check
-from cuattn.testing.subject import Subject
+from cuattn.testing.subject import Subject, with_packed
 from cuattn.testing.sweep import Trial, TrialResult, assert_invariant, invariance_sweep, plan_sweep, run_sweep
 
 __all__ = [
@@ -48,4 +49,5 @@ __all__ = [
     "poisoned_empty_like",
     "run_sweep",
     "standard_cases",
+    "with_packed",
 ]

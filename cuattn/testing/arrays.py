@@ -6,6 +6,7 @@ and only a library that has to hold such an array must know the type.
 
 import importlib.util
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -139,6 +140,11 @@ def library_of(array: Any) -> Library:
     if cupy is not None and isinstance(array, cupy.ndarray):
         return CupyLibrary(device=f"cuda:{array.device.id}")
     raise TypeError(f"array: got {type(array).__name__}, expected an array of NumPy, torch or CuPy")
+
+
+def int32_array(library: Library, numbers: Sequence[int]) -> Any:
+    """A new array of the library that holds int32 numbers, such as lengths."""
+    return library.array(np.array(numbers, np.int32).view(np.uint32), "int32")
 
 
 def is_contiguous(array: Any) -> bool:

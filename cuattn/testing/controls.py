@@ -8,22 +8,27 @@ passes checks nothing.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cuattn.testing.arrays import is_contiguous, library_of, raw_bits, round_to_bits, values_of
+from cuattn.testing.arrays import int32_array, is_contiguous, library_of, raw_bits, round_to_bits, values_of
 from cuattn.testing.subject import Operation
 
 #: The cut is at least FIRST_CUT keys into the sequence and less than FIRST_CUT + CUTS; fewer keys are not cut.
 FIRST_CUT = 16
 CUTS = 31
 
+Arrays = tuple[Any, Any, Any]
+
 
 @dataclass(frozen=True)
 class Call:
-    """One sequence of one call: q (B, Hq, Lq, D), k and v (B, Hkv, Lk, D) whole, and all that a bad kernel may see."""
+    """One sequence of one call: q (B, Hq, Lq, D), k and v (B, Hkv, Lk, D) whole, or packed (Tq, Hq, D), (Tk, Hkv, D),
+    and all that a bad kernel may see.
+    """
 
     q: Any
     k: Any
@@ -33,30 +38,45 @@ class Call:
     num_splits: int | None
     position: int  # in the batch
     run: int  # how often the operation was called before
+    first_key: int = 0  # of the packed sequence, in the packed keys
 
 
 def non_invariant(op: Operation, seen: Callable[[Call], int]) -> Operation:
     """``op`` with its keys cut at a point that moves with ``seen``, a number made of what `Call` holds.
 
-    It takes the same arguments as ``op``; layout, num_splits and out even where ``op`` does not.
+    It takes the same arguments as ``op``; layout, num_splits, out and packed sequences even where ``op`` does not.
     """
     runs = 0
 
     @functools.wraps(op)
     def cut_op(
-        q: Any, k: Any, v: Any, mask: str, *, layout: str = "bhsd", num_splits: int | None = None, **options: Any
+        q: Any,
+        k: Any,
+        v: Any,
+        mask: str,
+        *,
+        layout: str = "bhsd",
+        num_splits: int | None = None,
+        cu_seqlens_q: Any = None,
+        cu_seqlens_k: Any = None,
+        kv_lengths: Any = None,
+        **options: Any,
     ) -> Any:
         nonlocal runs
         if layout == "bshd":
             q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
         library, dtype = library_of(q), raw_bits(q[:0])[1]
-        out = np.zeros(tuple(q.shape), np.float32)
-        lse = np.zeros(tuple(q.shape[:3]), np.float32)
-        for item in range(q.shape[0]):
-            cut = FIRST_CUT + seen(Call(q, k, v, mask, layout, num_splits, item, runs)) % CUTS
-            one = slice(item, item + 1)
-            out[one], lse[one] = _attend_in_two(op, q[one], k[one], v[one], mask, cut, options)
+        packed = cu_seqlens_q is not None
+        sequences = _unpacked(q, k, v, cu_seqlens_q, cu_seqlens_k) if packed else _unbatched(q, k, v)
+        lengths = [None] * len(sequences) if kv_lengths is None else raw_bits(kv_lengths)[0].tolist()
+        results = []
+        for item, (own, first_key) in enumerate(sequences):
+            cut = FIRST_CUT + seen(Call(q, k, v, mask, layout, num_splits, item, runs, first_key)) % CUTS
+            results.append(_attend_in_two(op, own, mask, cut, lengths[item], options))
         runs += 1
+        out, lse = (np.concatenate(part, axis=2 if packed else 0) for part in zip(*results, strict=True))
+        if packed:
+            out, lse = out[0].swapaxes(0, 1), lse[0]
         if layout == "bshd":
             out = out.swapaxes(1, 2)
         return library.array(round_to_bits(out, dtype), dtype), library.array(lse.view(np.uint32), "float32")
@@ -64,13 +84,36 @@ def non_invariant(op: Operation, seen: Callable[[Call], int]) -> Operation:
     return cut_op
 
 
+def _unbatched(q: Any, k: Any, v: Any) -> list[tuple[Arrays, int]]:
+    """Each sequence's q, k and v, of batch size 1, and 0."""
+    return [((q[i : i + 1], k[i : i + 1], v[i : i + 1]), 0) for i in range(q.shape[0])]
+
+
+def _unpacked(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any) -> list[tuple[Arrays, int]]:
+    """Each sequence's q, k and v, of batch size 1, and the place of its first key."""
+
+    def alone(packed: Any, first: int, last: int) -> Any:
+        return packed[first:last].swapaxes(0, 1)[None]
+
+    rows, keys = (pairwise(raw_bits(starts)[0].tolist()) for starts in (cu_seqlens_q, cu_seqlens_k))
+    return [((alone(q, *r), alone(k, *s), alone(v, *s)), s[0]) for r, s in zip(rows, keys, strict=True)]
+
+
 def _attend_in_two(
-    op: Operation, q: Any, k: Any, v: Any, mask: str, cut: int, options: dict[str, Any]
+    op: Operation, sequence: Arrays, mask: str, cut: int, length: int | None, options: dict[str, Any]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Keys before and after ``cut`` on their own, merged by their LSE; (out, lse) in fp32 on the host."""
+    """Keys before and after ``cut`` on their own, merged by their LSE; (out, lse) in fp32 on the host.
+
+    ``length``: how many of the keys exist, None for all.
+    """
+    q, k, v = sequence
 
     def attend(rows: slice, keys: slice, mask: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        out, lse = op(q[:, :, rows], k[:, :, keys], v[:, :, keys], mask, **options)
+        key, more = k[:, :, keys], {}
+        if length is not None:
+            existing = min(max(length - (keys.start or 0), 0), key.shape[2])
+            more["kv_lengths"] = int32_array(library_of(q), [existing])
+        out, lse = op(q[:, :, rows], key, v[:, :, keys], mask, **options, **more)
         return _host(out), _host(lse)
 
     len_q, len_k = q.shape[2], k.shape[2]
@@ -83,7 +126,7 @@ def _attend_in_two(
     (out_a, lse_a), (out_b, lse_b) = attend(cut_rows, slice(cut), "full"), attend(cut_rows, slice(cut, None), mask)
     with np.errstate(invalid="ignore"):  # NaN is among what the checks feed
         lse = np.logaddexp(lse_a, lse_b)
-    out = out_a * np.exp(lse_a - lse)[..., None] + out_b * np.exp(lse_b - lse)[..., None]
+        out = out_a * np.exp(lse_a - lse)[..., None] + out_b * np.exp(lse_b - lse)[..., None]
     late = [(out, lse)]
     return tuple(np.concatenate(part, axis=2) for part in zip(*early, *late, strict=True))  # type: ignore[return-value]
 
@@ -138,6 +181,16 @@ def depends_on_runs(op: Operation) -> Operation:
 
 def depends_on_splits(op: Operation) -> Operation:
     return non_invariant(op, lambda call: call.num_splits or 0)
+
+
+def depends_on_padding(op: Operation) -> Operation:
+    """The cut moves with the number of keys that there is memory for."""
+    return non_invariant(op, lambda call: call.k.shape[2])
+
+
+def depends_on_packing(op: Operation) -> Operation:
+    """The cut moves with the place of a sequence among the packed keys."""
+    return non_invariant(op, lambda call: call.first_key)
 
 
 def depends_on_last_key(op: Operation) -> Operation:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from cuattn.testing import controls
-from cuattn.testing.arrays import Bits, poison, raw_bits, round_to_bits
+from cuattn.testing.arrays import Bits, int32_array, poison, raw_bits, round_to_bits
 from cuattn.testing.inputs import Case, Inputs
 from cuattn.testing.subject import Operation, Subject, contiguous, padded, rows_first
 
@@ -196,6 +196,40 @@ def given_output(subject: Subject) -> None:
     replace(result, out=raw_bits(out)[0]).assert_equals(subject.baseline, "the array given as out")
 
 
+def key_lengths(subject: Subject) -> None:
+    """The last keys of every sequence, of each another number, turned into NaN that kv_lengths cuts off."""
+    inputs, case = subject.inputs, subject.case
+    lengths = [max(0, case.len_k - 3 * (item + 1)) for item in range(case.batch)]
+    k, v = inputs.k.copy(), inputs.v.copy()
+    for item, length in enumerate(lengths):
+        k[item, :, length:] = v[item, :, length:] = poison((1,), k.itemsize)
+    result = subject.run(replace(inputs, k=k, v=v), kv_lengths=int32_array(subject.library, lengths))
+    for item, length in enumerate(lengths):
+        alone = inputs.items([item]).with_keys(length)
+        # the causal diagonal stays: rows from `cut` on would have seen more keys than there are
+        cut = 0 if case.mask == "full" else max(0, case.len_q - (case.len_k - length))
+        for mask, first, last in ((case.mask, 0, cut), ("full", cut, case.len_q)):
+            if first < last:
+                expected = subject.run(alone.with_rows(first, last), mask=mask)
+                got = result[item : item + 1, :, first:last]
+                got.assert_equals(expected, f"rows {first} to {last} of sequence {item} with {length} keys")
+
+
+def packed_sequences(subject: Subject) -> None:
+    """The batch packed, of lengths that differ, with a sequence of NaN at both ends and empty ones between."""
+    inputs, case, step = subject.inputs, subject.case, 5
+    nan = Inputs(*(poison(bits[:1].shape, bits.itemsize) for bits in (inputs.q, inputs.k, inputs.v)))
+    nothing = nan.with_rows(0, 0).with_keys(0)
+    rows = [max(1, case.len_q - step * item) for item in range(case.batch)]
+    sequences = [nan]
+    for item, count in enumerate(rows):
+        sequences += [nothing, _with_visible_keys(inputs.items([item]), case, count).with_rows(0, count)]
+    results = subject.run_packed([*sequences, nothing, nan])
+    for item, count in enumerate(rows):
+        expected = subject.baseline[item : item + 1, :, :count]
+        results[2 * item + 2].assert_equals(expected, f"sequence {item}, packed")
+
+
 def _many_sequences(case: Case) -> bool:
     return case.batch > 1
 
@@ -222,4 +256,6 @@ CHECKS = (
     Check("other rows", other_rows, controls.depends_on_garbage, _many_rows),
     Check("num_splits", split_hint, controls.depends_on_splits, keyword="num_splits"),
     Check("given output", given_output, controls.leaves_a_sequence_unwritten, keyword="out"),
+    Check("key lengths", key_lengths, controls.depends_on_padding, keyword="kv_lengths"),
+    Check("packed sequences", packed_sequences, controls.depends_on_packing, keyword="cu_seqlens_q"),
 )

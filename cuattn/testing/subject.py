@@ -1,13 +1,17 @@
 """What an invariance check examines: one operation on the inputs of one case, with results as raw bits."""
 
+import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any
 
+import numpy as np
+
 from cuattn.errors import CompileError, MissingDependencyError
-from cuattn.testing.arrays import Bits, Library, poison, raw_bits
+from cuattn.testing.arrays import Bits, Library, int32_array, poison, raw_bits
 from cuattn.testing.bitwise import assert_same_bits
 from cuattn.testing.inputs import Case, Inputs, make_inputs
 
@@ -16,12 +20,35 @@ Operation = Callable[..., Any]
 #: Makes an array of a library from raw bits and a dtype.
 Placement = Callable[[Library, Bits, str], Any]
 
+#: The keywords for cumulative lengths: with them q is (Tq, Hq, D), k and v (Tk, Hkv, D), out like q, the LSE (Hq, Tq).
+CUMULATIVE = ("cu_seqlens_q", "cu_seqlens_k")
+
 #: Exceptions after which there is no use in trying another case.
 INSURMOUNTABLE = (CompileError, MissingDependencyError)
 
 
 def accepts(op: Operation, keyword: str) -> bool:
     return keyword in inspect.signature(op).parameters
+
+
+def with_packed(op: Operation, packed: Operation) -> Operation:
+    """``op`` that also takes packed sequences, by the keywords cu_seqlens_q and cu_seqlens_k: those calls are
+    ``packed(q, k, v, cu_seqlens_q, cu_seqlens_k, mask, ...)``.
+    """
+
+    @functools.wraps(op)
+    def either(
+        q: Any, k: Any, v: Any, *args: Any, cu_seqlens_q: Any = None, cu_seqlens_k: Any = None, **options: Any
+    ) -> Any:
+        if cu_seqlens_q is None:
+            return op(q, k, v, *args, **options)
+        return packed(q, k, v, cu_seqlens_q, cu_seqlens_k, *args, **options)
+
+    signature = inspect.signature(op)
+    keywords = {name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in CUMULATIVE}
+    own = [p for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD and p.name not in keywords]
+    either.__signature__ = signature.replace(parameters=[*own, *keywords.values()])  # type: ignore[attr-defined]
+    return either
 
 
 @dataclass(frozen=True)
@@ -79,12 +106,41 @@ class Subject:
 
         Raises AssertionError if the result has another shape or dtype than promised.
         """
-        q, k, v = (place(self.library, bits, self.case.dtype) for bits in (inputs.q, inputs.k, inputs.v))
-        out, lse = self.op(q, k, v, mask or self.case.mask, scale=self.case.scale, return_lse=True, **options)
+        arrays = (place(self.library, bits, self.case.dtype) for bits in (inputs.q, inputs.k, inputs.v))
+        return self._call(arrays, mask, (inputs.q.shape, inputs.q.shape[:3]), options)
+
+    def run_packed(self, sequences: Sequence[Inputs]) -> list[Result]:
+        """The results of sequences, each of batch size 1, that are packed into one call."""
+
+        def tokens(bits: list[Bits]) -> Any:
+            packed = np.concatenate([one[0].swapaxes(0, 1) for one in bits])
+            return self.library.array(packed, self.case.dtype)
+
+        q, k, v = ([getattr(one, name) for one in sequences] for name in "qkv")
+        starts = {
+            name: list(accumulate((one.shape[2] for one in bits), initial=0))
+            for name, bits in zip(CUMULATIVE, (q, k), strict=True)
+        }
+        total, heads = starts["cu_seqlens_q"][-1], self.case.heads
+        result = self._call(
+            (tokens(q), tokens(k), tokens(v)),
+            None,
+            ((total, heads, self.case.head_dim), (heads, total)),
+            {name: int32_array(self.library, numbers) for name, numbers in starts.items()},
+        )
+        out, lse = result.out.swapaxes(0, 1)[None], result.lse[None]
+        spans = [np.s_[:, :, first:last] for first, last in pairwise(starts["cu_seqlens_q"])]
+        return [Result(out[span], lse[span], result.dtype) for span in spans]
+
+    def _call(
+        self, arrays: Iterable[Any], mask: str | None, shapes: tuple[Any, Any], options: dict[str, Any]
+    ) -> Result:
+        """``shapes`` are those of the output and of the LSE."""
+        out, lse = self.op(*arrays, mask or self.case.mask, scale=self.case.scale, return_lse=True, **options)
         out_bits, out_dtype = raw_bits(out)
         lse_bits, lse_dtype = raw_bits(lse)
         got = (out_bits.shape, out_dtype, lse_bits.shape, lse_dtype)
-        promised = (inputs.q.shape, self.case.dtype, inputs.q.shape[:3], "float32")
+        promised = (shapes[0], self.case.dtype, shapes[1], "float32")
         if got != promised:
             raise AssertionError(f"out and LSE: got shapes and dtypes {got}, expected {promised}")
         return Result(out_bits.copy(), lse_bits.copy(), out_dtype)  # the operation may use its arrays again

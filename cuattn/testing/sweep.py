@@ -85,7 +85,8 @@ def invariance_sweep(
     """Plan and run: results one by one for ``op(q, k, v, mask, scale=..., return_lse=True) -> (out, lse)``.
 
     q is (B, Hq, Lq, D), k and v are (B, Hkv, Lk, D), mask is "full" or "causal" (bottom-right aligned), LSE is fp32
-    (B, Hq, Lq). Keywords layout, num_splits and out are checked where the operation has them.
+    (B, Hq, Lq). Keywords layout, num_splits, out and kv_lengths are checked where the operation has them, and packed
+    sequences where it has cu_seqlens_q and cu_seqlens_k (`with_packed`).
     """
     return run_sweep(op, plan_sweep(op, cases, checks), library)
 

@@ -1,4 +1,5 @@
-// The left fold over chunks: R' = max(R, r); O' = fma(o, b, O * a); L' = fma(l, b, L * a), a = 2^(R - R'), b = 2^(r - R').
+// The left fold over chunks: R' = max(R, r); O' = fma(o, b, O * a); L' = fma(l, b, L * a), a = 2^(R - R'), b = 2^(r -
+// R').
 #pragma once
 
 #include <attn/softmax.cuh>
@@ -8,8 +9,8 @@
 
 namespace cuattn {
 
-// The fp32 result of a warp's finished chunks, in shared memory of the warp's own, so that the accumulators of the running
-// chunk keep the registers.
+// The fp32 result of a warp's finished chunks, in shared memory of the warp's own, so that the accumulators of the
+// running chunk keep the registers.
 template <int blocks>
 class MergedChunks {
   public:
@@ -50,12 +51,12 @@ class MergedChunks {
         for (int b = 0; b < blocks; ++b) {
             ptx::store_shared_f32x4(out_slot(b), make_float4(out[b][0], out[b][1], out[b][2], out[b][3]));
         }
-        __syncwarp();  // the four lanes of a row share its slot
+        __syncwarp();  // the four lanes of a row share its slot: all have read it before one writes
         if ((threadIdx.x & 3) == 0) {
             ptx::store_shared_f32x4(row_slot(),
                                     make_float4(rows.reference[0], rows.reference[1], rows.sum[0], rows.sum[1]));
         }
-        __syncwarp();
+        __syncwarp();  // and it is there before any reads again
     }
 
   private:

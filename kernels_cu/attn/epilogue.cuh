@@ -15,18 +15,20 @@ __device__ __forceinline__ bool saw_nothing(float reference, float sum) {
     return sum == 0.0f && reference == no_reference;
 }
 
-// Natural logarithm of the sum of e^(scale * score) over the row's visible keys; -inf where there is none.
+// Natural logarithm of the sum of e^(scale * score) over the row's visible keys; -inf where there is none, NaN where
+// the reference is infinite.
 __device__ __forceinline__ float log_sum_exp(float reference, float sum) {
-    return saw_nothing(reference, sum) ? -infinity : __fmaf_rn(reference, ln2, natural_log(sum));
+    return __fmaf_rn(reference, ln2, natural_log(sum));
 }
 
 // Writes a warp's 16 rows. out[b][c]: column 8 b + 2 (lane % 4) + c % 2 of row lane / 4 + 8 (c / 2). `scratch`: 16 rows
 // of the warp's own shared memory, through which rows are regrouped into 16-byte stores. `row_out` and `row_lse` point
-// at the warp's first row, of which the first `valid` exist.
-template <int head_dim, bool bfloat16>
-__device__ __forceinline__ void store_rows(const float (&out)[head_dim / 8][4], const RowStatistics& rows, u32 scratch,
+// at the warp's first row, of which the first `valid` exist, 16 at most.
+template <int head_dim, int tile_dim, bool bfloat16, int blocks>
+__device__ __forceinline__ void store_rows(const float (&out)[blocks][4], const RowStatistics& rows, u32 scratch,
                                            u16* row_out, i64 stride, float* row_lse, int valid) {
-    using Rows = Tile<head_dim>;
+    using Rows = Tile<tile_dim>;
+    constexpr int units = head_dim / 8;
     const int lane = threadIdx.x & 31;
     __syncwarp();
 #pragma unroll
@@ -34,7 +36,7 @@ __device__ __forceinline__ void store_rows(const float (&out)[head_dim / 8][4], 
         const int row = lane / 4 + 8 * half;
         const float scale = saw_nothing(rows.reference[half], rows.sum[half]) ? 0.0f : __frcp_rn(rows.sum[half]);
 #pragma unroll
-        for (int b = 0; b < head_dim / 8; ++b) {
+        for (int b = 0; b < units; ++b) {
             // adding +0 turns -0 into +0 and changes nothing else
             const float low = __fadd_rn(__fmul_rn(out[b][2 * half], scale), 0.0f);
             const float high = __fadd_rn(__fmul_rn(out[b][2 * half + 1], scale), 0.0f);
@@ -47,8 +49,8 @@ __device__ __forceinline__ void store_rows(const float (&out)[head_dim / 8][4], 
     }
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < 16 * Rows::units / 32; ++i) {
-        const int row = (i * 32 + lane) / Rows::units, unit = (i * 32 + lane) % Rows::units;
+    for (int i = 0; i < 16 * units; i += 32) {
+        const int row = (i + lane) / units, unit = (i + lane) % units;
         if (row < valid) {
             ptx::store_global_u32x4(row_out + row * stride + unit * 8,
                                     ptx::load_shared_u32x4(scratch + Rows::offset(row, unit)));

@@ -9,9 +9,10 @@
 
 namespace cuattn {
 
-template <int head_dim, int key_tile, bool bfloat16>
+// head_dim: a multiple of 16, of which the tiles in shared memory hold tile_dim columns.
+template <int head_dim, int tile_dim, int key_tile, bool bfloat16>
 struct WarpProducts {
-    using Rows = Tile<head_dim>;
+    using Rows = Tile<tile_dim>;
     using Scores = float[key_tile / 8][4];
     using Out = float[head_dim / 8][4];
 

@@ -32,7 +32,8 @@ __device__ __forceinline__ float quad_max(float x) {
     return fmaxf(x, __shfl_xor_sync(all_lanes, x, 2));
 }
 
-// Scores of columns from `visible[row]` on (counted from the tile's first key) become -inf. Column of score[b][c]: 8 b + 2 (lane % 4) + c % 2.
+// Scores of columns from `visible[row]` on (counted from the tile's first key) become -inf. The column of score[b][c] is
+// 8 b + 2 (lane % 4) + c % 2.
 template <int blocks>
 __device__ __forceinline__ void mask_scores(float (&score)[blocks][4], const int (&visible)[2], int lane) {
     const int column = 2 * (lane & 3);

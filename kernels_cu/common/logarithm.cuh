@@ -8,10 +8,12 @@ namespace cuattn {
 constexpr float infinity = __builtin_bit_cast(float, 0x7f800000u);
 constexpr float ln2 = 0.693147180559945309f;
 
-// ln(x) for a positive normal fp32 x; +inf and NaN come back as they are. Error below 1 ulp of the larger of |ln x| and 1/4.
-// x = 2^e * f with f in [2/3, 4/3): ln(1 + t) = t - t^2 / 2 + t^3 p(t); p is a minimax fit (docs/numerics.md, LSE).
+// ln(x) for a positive normal fp32 x or 0 (-inf); +inf and NaN come back as they are. Error below 1 ulp of the larger
+// of |ln x| and 1/4. x = 2^e * f with f in [2/3, 4/3): ln(1 + t) = t - t^2 / 2 + t^3 p(t); p is a minimax fit
+// (docs/numerics.md, LSE).
 __device__ __forceinline__ float natural_log(float x) {
     if (!(x < infinity)) return x;
+    if (x == 0.0f) return -infinity;
     const u32 bits = __float_as_uint(x);
     const int exponent = static_cast<int>(bits - 0x3f2aaaabu) >> 23;
     const float t = __fadd_rn(__uint_as_float(bits - (static_cast<u32>(exponent) << 23)), -1.0f);

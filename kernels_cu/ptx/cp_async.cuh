@@ -1,4 +1,5 @@
-// Asynchronous copies from global to shared memory. PTX ISA: "cp.async", "cp.async.commit_group", "cp.async.wait_group".
+// Asynchronous copies from global to shared memory. PTX ISA: "cp.async", "cp.async.commit_group",
+// "cp.async.wait_group".
 #pragma once
 
 #include <common/types.cuh>

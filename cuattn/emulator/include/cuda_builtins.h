@@ -46,25 +46,32 @@ inline void __syncwarp(unsigned mask = 0xffffffffu) { emulator::warp_barrier(mas
 inline float __shfl_xor_sync(unsigned mask, float x, int lane_mask) {
     struct Exchange {
         float in;
+        int lane_mask;
         mutable float out;
     };
-    const Exchange mine{x, 0.0f};
+    const Exchange mine{x, lane_mask, 0.0f};
     emulator::warp_collective("__shfl_xor_sync", mask, &mine, [&](const void* const* all) {
         const auto* const* lanes = reinterpret_cast<const Exchange* const*>(all);
-        for (int i = 0; i < 32; ++i) lanes[i]->out = lanes[i ^ lane_mask]->in;
+        for (int i = 0; i < 32; ++i) {
+            if (lanes[i]->lane_mask != lane_mask) emulator::fail("__shfl_xor_sync: lanes differ in the lane mask");
+            lanes[i]->out = lanes[i ^ lane_mask]->in;
+        }
     });
     return mine.out;
 }
-inline int __any_sync(unsigned mask, int predicate) {
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
     struct Vote {
-        int in;
-        mutable int out;
+        bool in;
+        mutable unsigned out;
     };
-    const Vote mine{predicate, 0};
-    emulator::warp_collective("__any_sync", mask, &mine, [](const void* const* all) {
+    const Vote mine{predicate != 0, 0};
+    emulator::warp_collective("a vote", mask, &mine, [](const void* const* all) {
         const auto* const* lanes = reinterpret_cast<const Vote* const*>(all);
-        const bool any = std::any_of(lanes, lanes + 32, [](const Vote* vote) { return vote->in != 0; });
-        for (int i = 0; i < 32; ++i) lanes[i]->out = any;
+        unsigned votes = 0;
+        for (int i = 0; i < 32; ++i) votes |= lanes[i]->in ? 1u << i : 0;
+        for (int i = 0; i < 32; ++i) lanes[i]->out = votes;
     });
     return mine.out;
 }
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }

@@ -33,14 +33,24 @@ inline const Region& global_region(const char* what, const void* pointer, int by
     return *region;
 }
 
+inline void load_global(void* to, const void* from, int bytes) {
+    global_region("global load", from, bytes);
+    std::memcpy(to, from, bytes);
+}
+
 inline void store_global(void* to, const void* from, int bytes) {
     const Region& region = global_region("global store", to, bytes);
     if (!region.written) {
         fail_access("global store", reinterpret_cast<unsigned long long>(to), bytes,
                     std::string(region.name) + " is an input");
     }
+    char* const written = region.written + (static_cast<char*>(to) - region.begin);
+    if (std::memchr(written, 1, bytes)) {
+        fail_access("global store", reinterpret_cast<unsigned long long>(to), bytes,
+                    std::string(region.name) + " has been written there before");
+    }
     std::memcpy(to, from, bytes);
-    std::memset(region.written + (static_cast<char*>(to) - region.begin), 1, bytes);
+    std::memset(written, 1, bytes);
 }
 
 inline char* shared_bytes(const char* what, uint32_t address, int bytes) {

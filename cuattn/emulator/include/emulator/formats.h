@@ -1,5 +1,5 @@
-// Floating-point formats and conversions between them. Rounding is to nearest even; the one NaN is a GPU's: all bits but
-// the sign.
+// Floating-point formats and conversions between them. Rounding is to nearest even; the one NaN is a GPU's: all bits
+// but the sign.
 #pragma once
 
 #include <cmath>

@@ -1,7 +1,7 @@
-// Bit-exact dot-add of the tensor cores: d = rz_fp32(trunc(c) + sum of trunc(a_k b_k)), every term aligned to the largest
-// exponent among those that are not zero, and truncated to a number of fraction bits. Subnormal operands keep their
-// format's smallest exponent, zeros are +0, and what exceeds fp32 is infinite. After Khattak and Mikaitis, arXiv 2512.07004, and
-// MMA-Sim, arXiv 2511.10909; equal to an H200 on all captured vectors (tests/test_hardware_model.py).
+// Bit-exact dot-add of the tensor cores: d = rz_fp32(trunc(c) + sum of trunc(a_k b_k)), every term aligned to the
+// largest exponent among those that are not zero, and truncated to a number of fraction bits. Subnormal operands keep
+// their format's smallest exponent, zeros are +0, and what exceeds fp32 is infinite. After Khattak and Mikaitis, arXiv
+// 2512.07004, and MMA-Sim, arXiv 2511.10909; equal to an H200 on all captured vectors (tests/test_hardware_model.py).
 #pragma once
 
 #include <algorithm>
@@ -21,7 +21,8 @@ struct TensorCore {
 };
 inline thread_local TensorCore tensor_core{16, 25};
 
-// value = significand * 2^(exponent - fraction), significand below 2^(fraction + 1) in magnitude. `fraction`: 23 for fp32.
+// value = significand * 2^(exponent - fraction), significand below 2^(fraction + 1) in magnitude. `fraction`: 23 for
+// fp32.
 struct Operand {
     int significand, exponent;
 };

@@ -16,17 +16,18 @@ void ldmatrix_x4(u32 (&r)[4], u32 row) {
     };
     Request mine{r, {}};
     emulator::load_shared(mine.row, row, 16);
-    emulator::warp_collective("ldmatrix", 0xffffffffu, &mine, [](const void* const* all) {
-        const auto request = [&](int lane) -> const Request& { return *static_cast<const Request*>(all[lane]); };
-        for (int lane = 0; lane < 32; ++lane) {
-            for (int matrix = 0; matrix < 4; ++matrix) {
-                const int row = lane / 4, column = 2 * (lane % 4);
-                const auto at = [&](int r, int c) { return static_cast<u32>(request(8 * matrix + r).row[c]); };
-                request(lane).registers[matrix] = transposed ? at(column, row) | at(column + 1, row) << 16
-                                                             : at(row, column) | at(row, column + 1) << 16;
+    emulator::warp_collective(
+        transposed ? "ldmatrix.trans" : "ldmatrix", 0xffffffffu, &mine, [](const void* const* all) {
+            const auto request = [&](int lane) -> const Request& { return *static_cast<const Request*>(all[lane]); };
+            for (int lane = 0; lane < 32; ++lane) {
+                for (int matrix = 0; matrix < 4; ++matrix) {
+                    const int row = lane / 4, column = 2 * (lane % 4);
+                    const auto at = [&](int r, int c) { return static_cast<u32>(request(8 * matrix + r).row[c]); };
+                    request(lane).registers[matrix] = transposed ? at(column, row) | at(column + 1, row) << 16
+                                                                 : at(row, column) | at(row, column + 1) << 16;
+                }
             }
-        }
-    });
+        });
 }
 
 }  // namespace host

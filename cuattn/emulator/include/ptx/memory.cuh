@@ -28,13 +28,11 @@ inline uint4 load_shared_u32x4(u32 from) {
 }
 inline void store_shared_u32(u32 to, u32 x) { emulator::store_shared(to, &x, 4); }
 
-inline int load_shared_s32(u32 from) {
+inline int load_global_s32(const int* from) {
     int x;
-    emulator::load_shared(&x, from, 4);
+    emulator::load_global(&x, from, 4);
     return x;
 }
-inline void store_shared_s32(u32 to, int x) { emulator::store_shared(to, &x, 4); }
-
 inline void store_global_u32x4(void* to, uint4 x) { emulator::store_global(to, &x, 16); }
 
 // Arithmetic on a device makes one NaN only, 0x7fffffff; the host's NaN have signs and payloads.

@@ -14,7 +14,7 @@ void mma_m16n8k16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
         u32 b[2];
     };
     const Fragments mine{d, a, {b0, b1}};
-    emulator::warp_collective("mma", 0xffffffffu, &mine, [](const void* const* all) {
+    emulator::warp_collective(bfloat16 ? "mma.bf16" : "mma.f16", 0xffffffffu, &mine, [](const void* const* all) {
         constexpr int fraction = bfloat16 ? 7 : 10;
         const auto element = [](u32 pair, int i) {
             const u16 bits = static_cast<u16>(pair >> (16 * i));

@@ -1,0 +1,101 @@
+"""Problem: a checked call in the one form that backends and the schedule know."""
+
+from dataclasses import dataclass, replace
+
+from cuattn.interop import Tensor
+
+#: Axes of the caller's arrays: batch, heads, sequence, head dim; or, packed, tokens, heads, head dim.
+LAYOUTS = ("bhsd", "bshd")
+PACKED = "thd"
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Lengths that only the device need know: contiguous int32 arrays on the tensors' device.
+
+    query_starts, key_starts: (count + 1), cumulative lengths of packed sequences; both or none.
+    key_lengths: (count), how many keys of each sequence exist, from its first on.
+    """
+
+    count: int
+    query_starts: Tensor | None = None
+    key_starts: Tensor | None = None
+    key_lengths: Tensor | None = None
+
+    @property
+    def arrays(self) -> dict[str, Tensor]:
+        named = {
+            "cu_seqlens_q": self.query_starts,
+            "cu_seqlens_k": self.key_starts,
+            "kv_lengths": self.key_lengths,
+        }
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """All tensors have the axes (batch, head, token, column), whatever the caller's layout; packed: batch 1."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: str
+    scale: float
+    layout: str
+    sequences: Sequences | None = None
+
+    @property
+    def batch(self) -> int:
+        return self.query.shape[0]
+
+    @property
+    def query_heads(self) -> int:
+        return self.query.shape[1]
+
+    @property
+    def key_heads(self) -> int:
+        return self.key.shape[1]
+
+    @property
+    def query_length(self) -> int:
+        """Rows of each sequence; packed: of all together."""
+        return self.query.shape[2]
+
+    @property
+    def key_length(self) -> int:
+        return self.key.shape[2]
+
+    @property
+    def head_dim(self) -> int:
+        return self.query.shape[3]
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """Shape of the output in the caller's layout."""
+        return caller_shape(self.query.shape, self.layout)
+
+    @property
+    def lse_shape(self) -> tuple[int, ...]:
+        return self.query.shape[1:3] if self.layout == PACKED else self.query.shape[:3]
+
+
+def caller_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
+    """A shape (batch, head, token, column) in the caller's layout."""
+    batch, heads, tokens, columns = shape
+    return {
+        "bhsd": (batch, heads, tokens, columns),
+        "bshd": (batch, tokens, heads, columns),
+        PACKED: (tokens, heads, columns),
+    }[layout]
+
+
+def in_kernel_axes(tensor: Tensor, layout: str) -> Tensor:
+    """The same memory with the axes (batch, head, token, column)."""
+
+    def ordered(sizes: tuple[int, ...], batch: int) -> tuple[int, ...]:
+        if layout == "bhsd":
+            return sizes
+        *first, tokens, heads, columns = sizes
+        return (*(first or [batch]), heads, tokens, columns)
+
+    return replace(tensor, shape=ordered(tensor.shape, 1), strides=ordered(tensor.strides, 0))

@@ -1,0 +1,34 @@
+"""The environment variables."""
+
+from pathlib import Path
+
+import pytest
+
+from cuattn import env
+
+
+@pytest.mark.parametrize("read", [env.backend, env.kernel_dir, env.cache_dir, env.compiler])
+def test_empty_means_not_set(read, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in env.VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    expected = read()
+    for variable in env.VARIABLES:
+        monkeypatch.setenv(variable, "")
+    assert read() == expected
+
+
+def test_a_folder_of_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(env.KERNEL_DIR, str(tmp_path))
+    with pytest.raises(ValueError, match=rf"^CUATTN_KERNEL_DIR: got '{tmp_path}', expected a folder of kernel sources"):
+        env.kernel_dir()
+    (tmp_path / "forward.cuh").touch()
+    assert env.kernel_dir() == tmp_path.resolve()
+    monkeypatch.setenv(env.KERNEL_DIR, str(tmp_path / "missing"))
+    with pytest.raises(ValueError, match=r"/missing', expected a folder of kernel sources"):
+        env.kernel_dir()
+
+
+def test_what_is_set_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(env.CACHE_DIR, str(tmp_path))
+    monkeypatch.setenv(env.COMPILER, "ccache g++")
+    assert (env.cache_dir(), env.compiler()) == (tmp_path, "ccache g++")
