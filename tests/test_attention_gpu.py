@@ -125,7 +125,7 @@ class TestResults:
         q, k, v = cuda_tensors(CASE)
         with pytest.raises(ValueError, match="k: got device cpu, expected q's cuda:0"):
             cuattn.attention(q, k.cpu(), v)
-        with pytest.raises(ValueError, match="out: got device cpu, expected cuda:0"):
+        with pytest.raises(ValueError, match="out: got device cpu, expected q's cuda:0"):
             cuattn.attention(q, k, v, out=q.cpu())
 
 
