@@ -5,15 +5,32 @@ from typing import TYPE_CHECKING, Any
 
 from cuattn.api import attention, attention_varlen
 from cuattn.backend import use_backend
+from cuattn.cache import append_kv, attention_kvcache
+from cuattn.checks import Partials
 from cuattn.contract import CONTRACT_VERSION
 from cuattn.jit import precompile
+from cuattn.partials import attention_partials, chunk_starts, combine
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from cuattn import testing
 
-__all__ = ["CONTRACT_VERSION", "__version__", "attention", "attention_varlen", "precompile", "testing", "use_backend"]
+__all__ = [
+    "CONTRACT_VERSION",
+    "Partials",
+    "__version__",
+    "append_kv",
+    "attention",
+    "attention_kvcache",
+    "attention_partials",
+    "attention_varlen",
+    "chunk_starts",
+    "combine",
+    "precompile",
+    "testing",
+    "use_backend",
+]
 
 
 def __getattr__(name: str) -> Any:

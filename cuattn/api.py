@@ -1,15 +1,11 @@
-"""`cuattn.attention` and `cuattn.attention_varlen`: checks, the choice of a backend, the launch."""
+"""`cuattn.attention` and `cuattn.attention_varlen`."""
 
+from functools import partial
 from typing import Any
 
-from cuattn import backend as backends
-from cuattn import emulator, reference
-from cuattn.checks import check_attention, check_out, check_varlen
-from cuattn.config import select_config
-from cuattn.interop import Tensor
-from cuattn.launch import device_architecture, launch_kernel
-from cuattn.problem import Problem, in_kernel_axes
-from cuattn.schedule import plan_forward
+from cuattn import dispatch
+from cuattn.checks import check_attention, check_varlen, output_of
+from cuattn.results import fill
 
 
 def attention(
@@ -28,35 +24,40 @@ def attention(
 ) -> Any:
     """Softmax attention ``softmax(scale * q k^T + mask) v`` whose every row is independent of the batch, bit for bit.
 
-    q: (B, Hq, Lq, D); k, v: (B, Hkv, Lk, D); with ``layout="bshd"`` (B, L, H, D). float16 or bfloat16; D a multiple of
-        8 from 8 to 128. Hq is a multiple of Hkv: query head h reads key head ``h // (Hq // Hkv)``. torch, CuPy or NumPy
-        arrays, or others that implement DLPack, on one device. Any strides with a contiguous last dimension and rows
-        that start at multiples of 16 bytes; they are read in place.
+    q: (B, Hq, Lq, D); k: (B, Hkv, Lk, D); v: (B, Hkv, Lk, Dv); with ``layout="bshd"`` (B, L, H, D). float16, bfloat16
+        or float32; D and Dv multiples of 8 from 8 to 256. Hq is a multiple of Hkv: query head h reads key head
+        ``h // (Hq // Hkv)``. torch, CuPy or NumPy arrays, or others that implement DLPack, on one device. Any strides
+        with a contiguous last dimension and rows that start at multiples of 16 bytes; they are read in place.
     mask: "full" (or None), or "causal": query i sees the keys j <= i + Lk - Lq (bottom-right aligned). A row that sees
         no key is +0, with the LSE -inf.
     scale: finite float, D**-0.5 by default; may be 0 or negative.
-    key_padding_mask: must be None in this release.
+    key_padding_mask: bool (B, Lk), any strides, True where a key exists: right or left padding, or holes. What stands
+        elsewhere in k and v, NaN included, has no effect. The causal diagonal stays where it is: row i sees the keys
+        that exist among j <= i + Lk - Lq. Not together with ``kv_lengths``.
     return_lse: also return the natural logarithm of each row's sum of exponentials, float32, contiguous (B, Hq, Lq).
     out: array to write to, of the result's shape and type; it is returned. It must not overlap the inputs, nor require
         gradients while torch records them.
     num_splits: a scheduling hint, None or a positive int. Every value gives the same bits.
     kv_lengths: int32 (B,), an array like the others: sequence b has the first kv_lengths[b] keys only (right padding);
-        what lies behind, NaN included, is not read. The causal diagonal stays where it is. Read on the device.
+        what lies behind, NaN included, is not read. The causal diagonal stays where it is. Read on the device: on a GPU
+        wrong numbers are clamped, unless CUATTN_CHECK=1 has them checked.
 
-    Returns the output, of q's shape, dtype, array library and device, or ``(output, lse)``. On a GPU the work is queued
-    on the caller's current stream without synchronising, and can be captured in a CUDA graph after a first call. There
-    is no autograd: results do not require gradients.
+    Returns the output, (B, Hq, Lq, Dv) in the layout of q, of q's dtype, array library and device, or ``(output,
+    lse)``. On a GPU the work is queued on the caller's current stream without synchronising, and can be captured in a
+    CUDA graph after a first call. A workspace comes from the caller's allocator: at most (blocks that fill the device)
+    x (chunks of the longest possible sequence) x (up to 16 rows) x (Dv + 2) x 4 bytes, and for a key_padding_mask
+    B x (2 Lk + 1) x 4 bytes. There is no autograd: results do not require gradients.
 
-    Guarantee (docs/numerics.md): for one contract version, backend, GPU architecture, dtype, head dim and mask, the
+    Guarantee (docs/numerics.md): for one contract version, backend, GPU architecture, dtype, head dims and mask, the
     bits of a row depend on its query, on the keys and values that it sees, in their order, and on the scale. They do
-    not depend on the batch, the position in it, strides, layout, the number of query rows in the call (chunked prefill,
-    decode), grouping of heads, splits, the stream or the run.
+    not depend on the batch, the position in it, padding, strides, layout, the number of query rows in the call (chunked
+    prefill, decode), grouping of heads, splits, the stream or the run.
 
-    Raises ValueError, TypeError, or NotImplementedError for what a later release brings, before anything is launched;
-    MissingDependencyError where a package is missing.
+    Raises ValueError or TypeError for wrong arguments, before anything is launched; MissingDependencyError where a
+    package is missing; NotImplementedError for a GPU that no kernel exists for.
     """
     problem = check_attention(q, k, v, mask, scale, key_padding_mask, layout, num_splits, kv_lengths)
-    return _attend(problem, out, return_lse)
+    return fill(output_of(problem), partial(dispatch.execute, problem), out, return_lse)
 
 
 def attention_varlen(
@@ -76,55 +77,20 @@ def attention_varlen(
 ) -> Any:
     """`attention` over sequences of different lengths, packed one behind the other, without padding.
 
-    q: (Tq, Hq, D); k, v: (Tk, Hkv, D); dtypes, heads, head dims, strides and array libraries as in `attention`.
+    q: (Tq, Hq, D); k: (Tk, Hkv, D); v: (Tk, Hkv, Dv); dtypes, heads, head dims, strides and array libraries as in
+        `attention`.
     cu_seqlens_q, cu_seqlens_k: int32 (sequences + 1,), contiguous, on the same device: sequence s has the query rows
         cu_seqlens_q[s] to cu_seqlens_q[s + 1], and keys likewise; they ascend from 0 to Tq and Tk. Sequences may be
-        empty. They are read on the device, without synchronising: on a GPU wrong numbers are not noticed; they are
-        clamped, so that no memory outside of the arrays is touched, and rows of no sequence are not written.
+        empty. They are read on the device, without synchronising: on a GPU wrong numbers are not noticed, unless
+        CUATTN_CHECK=1 has them checked; they are clamped, so that no memory outside of the arrays is touched, and rows
+        of no sequence are not written.
     mask: "causal" is aligned bottom-right in each sequence.
     max_seqlen_q, max_seqlen_k: accepted for the sake of other packages' signatures; not needed and not used.
+    num_splits: a scheduling hint, None or a positive int. Every value gives the same bits.
 
-    Returns the output (Tq, Hq, D), or ``(output, lse)`` with the LSE float32 (Hq, Tq).
+    Returns the output (Tq, Hq, Dv), or ``(output, lse)`` with the LSE float32 (Hq, Tq). Workspace as in `attention`.
 
     Guarantee: every row has the bits that `attention` gives for its sequence alone. Errors as in `attention`.
     """
     problem = check_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, mask, max_seqlen_q, max_seqlen_k, scale, num_splits)
-    return _attend(problem, out, return_lse)
-
-
-def _attend(problem: Problem, out: Any, return_lse: bool) -> Any:
-    backend = backends.active().for_device(problem.query.device)
-    query = problem.query
-    framework = query.framework
-    if out is None:
-        made = framework.empty(problem.out_shape, query.dtype, query.device, query)
-        result = in_kernel_axes(made, problem.layout)
-    else:
-        result = check_out(out, problem)
-    lse = framework.empty(problem.lse_shape, "float32", query.device, query)
-    if 0 not in lse.shape:
-        _run(backend, problem, result, lse)
-        if out is not None:
-            framework.written(result)
-    if out is None:
-        out = framework.export(made, query)
-    return (out, framework.export(lse, query)) if return_lse else out
-
-
-def _run(backend: backends.Backend, problem: Problem, out: Tensor, lse: Tensor) -> None:
-    if backend.name == "reference":
-        reference.forward(problem, out, lse)
-        return
-    query = problem.query
-    arch = backend.arch or device_architecture(query.device.index)
-    ragged = problem.sequences is not None
-    config = select_config(problem.head_dim, problem.mask, query.dtype, arch, ragged)
-    plan = plan_forward(config, problem, out, lse)
-    if backend.name == "emulator":
-        inputs = {"q": query, "k": problem.key, "v": problem.value}
-        if problem.sequences:
-            inputs |= problem.sequences.arrays
-        emulator.forward(config, plan, inputs, {"out": out, "lse": lse})
-    else:
-        stream = query.framework.stream(query.device)
-        launch_kernel(config, plan.grid, plan.shared_bytes, plan.params, query.device.index, stream)
+    return fill(output_of(problem), partial(dispatch.execute, problem), out, return_lse)

@@ -19,13 +19,16 @@ class Backend:
     name: str
     arch: str | None = None
 
-    def for_device(self, device: Device) -> "Backend":
-        """The backend that runs tensors on ``device``; "auto" is CUDA kernels on a GPU, the reference on a CPU."""
+    def for_device(self, device: Device, name: str = "q") -> "Backend":
+        """The backend that runs tensors on ``device``; "auto" is CUDA kernels on a GPU, the reference on a CPU.
+
+        ``name`` is the argument that errors name.
+        """
         if self.name == "auto":
             return Backend("cuda" if device.kind == "cuda" else "reference")
         wanted = "cuda" if self.name == "cuda" else "cpu"
         if device.kind != wanted:
-            raise ValueError(f"q: got device {device}, expected a {wanted} device for the backend {self.name!r}")
+            raise ValueError(f"{name}: got device {device}, expected a {wanted} device for the backend {self.name!r}")
         return self
 
 

@@ -5,6 +5,7 @@ sequence's length, a split count or a device.
 """
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -20,13 +21,38 @@ _LARGEST_FACTOR = float(np.finfo(np.float32).max)
 
 
 def key_tile(head_dim: int) -> int:
-    """Keys per tile: the granularity of the running maximum. It divides every chunk length."""
+    """Keys per tile: the granularity of the running maximum. It divides every chunk length.
+
+    ``head_dim`` is the larger one where queries and values differ.
+    """
     return 128 if head_dim <= 128 else 64
 
 
 def chunk_length(start: int) -> int:
     """Length in keys of the chunk that starts at the absolute key index ``start``."""
     return next(length for first, length in reversed(CHUNK_TABLE) if start >= first)
+
+
+def _segments() -> Iterator[tuple[int, int, int]]:
+    """(first key index, chunk length, chunks before it) of each row of the table."""
+    before, previous = 0, CHUNK_TABLE[0]
+    for first, length in CHUNK_TABLE:
+        before += (first - previous[0]) // previous[1]
+        previous = first, length
+        yield first, length, before
+
+
+def chunk_start(chunk: int) -> int:
+    """The absolute index of the first key of a chunk, counted from 0."""
+    return next(first + (chunk - before) * length for first, length, before in [*_segments()][::-1] if chunk >= before)
+
+
+def chunk_count(keys: int) -> int:
+    """Chunks that cover the keys 0 to ``keys`` - 1."""
+    for first, length, before in [*_segments()][::-1]:
+        if keys > first:
+            return before - (first - keys) // length
+    return 0
 
 
 def softmax_factor(scale: float) -> tuple[float, bool]:

@@ -32,3 +32,9 @@ def device_count() -> int:
 def device_architecture(index: int) -> str:
     """The compilation target of a device, such as "sm_90a". Raises NotImplementedError for one that has none."""
     return architecture_of(import_cupy().cuda.Device(index).compute_capability)
+
+
+@functools.cache
+def processor_count(index: int) -> int:
+    """The number of multiprocessors of a device."""
+    return int(import_cupy().cuda.Device(index).attributes["MultiProcessorCount"])

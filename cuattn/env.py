@@ -11,8 +11,10 @@ KERNEL_DIR = "CUATTN_KERNEL_DIR"
 CACHE_DIR = "CUATTN_CACHE_DIR"
 #: The command of the C++17 compiler that builds the emulator, default ``c++``; may have options: ``ccache g++``.
 COMPILER = "CXX"
+#: "1": lengths and pages that lie on a GPU are read and checked before a launch, which waits for the GPU. Default "0".
+CHECK = "CUATTN_CHECK"
 
-VARIABLES = (BACKEND, KERNEL_DIR, CACHE_DIR, COMPILER)
+VARIABLES = (BACKEND, KERNEL_DIR, CACHE_DIR, COMPILER, CHECK)
 
 
 def backend() -> str:
@@ -42,3 +44,11 @@ def cache_dir() -> Path:
 
 def compiler() -> str:
     return os.environ.get(COMPILER) or "c++"
+
+
+def check() -> bool:
+    """Whether the numbers in arrays on a GPU are checked. Raises ValueError for another value than "0" or "1"."""
+    value = os.environ.get(CHECK) or "0"
+    if value not in ("0", "1"):
+        raise ValueError(f"{CHECK}: got {value!r}, expected '0' or '1'")
+    return value == "1"

@@ -1,44 +1,120 @@
-"""The argument of a forward kernel: the mirror of kernels_cu/attn/params.cuh, field by field."""
+"""The arguments of the kernels: the mirror of kernels_cu/attn/params.cuh, field by field."""
 
 import ctypes
 
+_POINTER, _INT, _LONG, _WORD, _FLOAT = (
+    ctypes.c_void_p,
+    ctypes.c_int,
+    ctypes.c_int64,
+    ctypes.c_uint32,
+    ctypes.c_float,
+)
+
 
 class Strides(ctypes.Structure):
-    """Distances in elements."""
+    """Distances in elements; ``page`` between the pages of paged keys."""
 
-    _fields_ = [("batch", ctypes.c_int64), ("head", ctypes.c_int64), ("token", ctypes.c_int64)]
+    _fields_ = [("batch", _LONG), ("head", _LONG), ("token", _LONG), ("page", _LONG)]
 
 
 class SequenceArrays(ctypes.Structure):
-    """Arrays of int32 on the device that hold lengths, or null."""
+    """Lengths and places that only the device knows; every pointer may be null."""
 
     _fields_ = [
-        ("query_starts", ctypes.c_void_p),
-        ("key_starts", ctypes.c_void_p),
-        ("key_lengths", ctypes.c_void_p),
-        ("count", ctypes.c_int),
+        ("query_starts", _POINTER),
+        ("key_starts", _POINTER),
+        ("key_lengths", _POINTER),
+        ("pages", _POINTER),
+        ("seen", _POINTER),
+        ("count", _INT),
+        ("cached", _INT),
+        ("new_keys", _INT),
+        ("pages_per_sequence", _INT),
+        ("page_count", _INT),
+        ("page_size", _INT),
+        ("page_magic", _WORD),
+        ("page_shift", _WORD),
+        ("few_rows", _INT),
     ]
 
 
 class ForwardParams(ctypes.Structure):
-    """Pointers, strides and sizes of one launch; shapes stand in params.cuh."""
-
     _fields_ = [
-        ("query", ctypes.c_void_p),
-        ("key", ctypes.c_void_p),
-        ("value", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("lse", ctypes.c_void_p),
+        ("query", _POINTER),
+        ("key", _POINTER),
+        ("value", _POINTER),
+        ("out", _POINTER),
+        ("lse", _POINTER),
         ("query_strides", Strides),
         ("key_strides", Strides),
         ("value_strides", Strides),
         ("out_strides", Strides),
         ("sequences", SequenceArrays),
-        ("query_heads", ctypes.c_int),
-        ("group", ctypes.c_int),
-        ("query_length", ctypes.c_int),
-        ("key_length", ctypes.c_int),
-        ("query_tiles", ctypes.c_int),
-        ("factor", ctypes.c_float),
-        ("negate_scores", ctypes.c_int),
+        ("query_heads", _INT),
+        ("group", _INT),
+        ("query_length", _INT),
+        ("key_length", _INT),
+        ("query_tiles", _INT),
+        ("factor", _FLOAT),
+        ("negate_scores", _INT),
+    ]
+
+
+class PartialParams(ctypes.Structure):
+    """Where the results of single chunks lie."""
+
+    _fields_ = [
+        ("out", _POINTER),
+        ("reference", _POINTER),
+        ("sum", _POINTER),
+        ("groups", _POINTER),
+        ("chunks", _INT),
+        ("rows", _INT),
+        ("first_chunk", _INT),
+        ("end_chunk", _INT),
+        ("by_group", _INT),
+    ]
+
+
+class ColumnsParams(ctypes.Structure):
+    _fields_ = [("forward", ForwardParams), ("partials", PartialParams)]
+
+
+class CombineParams(ctypes.Structure):
+    _fields_ = [
+        ("forward", ForwardParams),
+        ("partials", PartialParams),
+        ("carried", PartialParams),
+        ("load_carried", _INT),
+        ("store_carried", _INT),
+    ]
+
+
+class AppendParams(ctypes.Structure):
+    _fields_ = [
+        ("new_key", _POINTER),
+        ("new_value", _POINTER),
+        ("key", _POINTER),
+        ("value", _POINTER),
+        ("new_key_strides", Strides),
+        ("new_value_strides", Strides),
+        ("key_strides", Strides),
+        ("value_strides", Strides),
+        ("sequences", SequenceArrays),
+        ("heads", _INT),
+        ("new_length", _INT),
+        ("key_length", _INT),
+        ("key_bytes", _INT),
+        ("value_bytes", _INT),
+    ]
+
+
+class ScanParams(ctypes.Structure):
+    _fields_ = [
+        ("mask", _POINTER),
+        ("positions", _POINTER),
+        ("seen", _POINTER),
+        ("batch_stride", _LONG),
+        ("token_stride", _LONG),
+        ("key_length", _INT),
     ]

@@ -11,30 +11,50 @@ PACKED = "thd"
 
 @dataclass(frozen=True)
 class Sequences:
-    """Lengths that only the device need know: contiguous int32 arrays on the tensors' device.
+    """Lengths and places that only the device need know: contiguous int32 arrays on the tensors' device.
 
-    query_starts, key_starts: (count + 1), cumulative lengths of packed sequences; both or none.
+    query_starts, key_starts: (count + 1), cumulative lengths of packed queries and keys.
     key_lengths: (count), how many keys of each sequence exist, from its first on.
+    cached: the keys are a cache's, and the causal diagonal ends at each sequence's last key; else it ends at the last
+        place for a key, whether key_lengths reach it or not.
+    new_keys: key_lengths count the keys before the call's own, of which each sequence has as many as queries.
+    block_table: (count, pages of a sequence): page p of sequence s holds its keys p * page_size and following.
     """
 
     count: int
     query_starts: Tensor | None = None
     key_starts: Tensor | None = None
     key_lengths: Tensor | None = None
+    cached: bool = False
+    new_keys: bool = False
+    block_table: Tensor | None = None
 
     @property
     def arrays(self) -> dict[str, Tensor]:
         named = {
             "cu_seqlens_q": self.query_starts,
             "cu_seqlens_k": self.key_starts,
-            "kv_lengths": self.key_lengths,
+            "key_lengths": self.key_lengths,
+            "block_table": self.block_table,
         }
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
 @dataclass(frozen=True)
+class Append:
+    """New keys and values (batch, key head, token, column), to be written into the cache behind each sequence's."""
+
+    key: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True)
 class Problem:
-    """All tensors have the axes (batch, head, token, column), whatever the caller's layout; packed: batch 1."""
+    """All tensors have the axes (batch, head, token, column), whatever the caller's layout; packed: batch 1.
+
+    A paged cache has the axes (page, head, token of the page, column). key_padding_mask is (batch, key length) of bool:
+    key j of batch entry b exists where it is True.
+    """
 
     query: Tensor
     key: Tensor
@@ -43,6 +63,9 @@ class Problem:
     scale: float
     layout: str
     sequences: Sequences | None = None
+    key_padding_mask: Tensor | None = None
+    append: Append | None = None
+    num_splits: int | None = None
 
     @property
     def batch(self) -> int:
@@ -57,12 +80,28 @@ class Problem:
         return self.key.shape[1]
 
     @property
+    def group(self) -> int:
+        """Query heads that share a key head."""
+        return self.query_heads // max(1, self.key_heads)
+
+    @property
     def query_length(self) -> int:
         """Rows of each sequence; packed: of all together."""
         return self.query.shape[2]
 
     @property
+    def paged(self) -> bool:
+        return self.sequences is not None and self.sequences.block_table is not None
+
+    @property
     def key_length(self) -> int:
+        """Keys of each sequence, of a cache its capacity; packed: of all together."""
+        if self.sequences and self.sequences.block_table:
+            return self.sequences.block_table.shape[1] * self.page_size
+        return self.key.shape[2]
+
+    @property
+    def page_size(self) -> int:
         return self.key.shape[2]
 
     @property
@@ -70,9 +109,14 @@ class Problem:
         return self.query.shape[3]
 
     @property
+    def value_dim(self) -> int:
+        """Columns of a value and of the output."""
+        return self.value.shape[3]
+
+    @property
     def out_shape(self) -> tuple[int, ...]:
         """Shape of the output in the caller's layout."""
-        return caller_shape(self.query.shape, self.layout)
+        return caller_shape((*self.query.shape[:3], self.value_dim), self.layout)
 
     @property
     def lse_shape(self) -> tuple[int, ...]:

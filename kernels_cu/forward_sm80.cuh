@@ -34,9 +34,9 @@ constexpr int columns = (head_dim + 15) / 16 * 16;  // products run over groups 
 static_assert(head_dim % 8 == 0 && columns <= tile_dim && key_tile % 16 == 0);
 static_assert(config::chunk_length(0) % key_tile == 0, "a chunk is a whole number of tiles");
 
-using BlockPlace = Place<query_tile, config::causal, config::ragged>;
+using BlockPlace = Place<query_tile, config::causal, config::ragged, config::paged>;
 using KeyTile = Tile<tile_dim>;
-using Products = WarpProducts<columns, tile_dim, key_tile, config::bfloat16>;
+using Products = MmaProducts<columns, tile_dim, key_tile, config::bfloat16>;
 using Merged = MergedChunks<columns / 8>;
 
 struct SharedMemory {
@@ -51,8 +51,9 @@ extern "C" __global__ void __launch_bounds__(threads, config::blocks_per_multipr
     forward_sm80(const __grid_constant__ ForwardParams params) {
     SharedMemory& shared = *static_cast<SharedMemory*>(ptx::dynamic_shared());
     const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
-    const BlockPlace place(params, lane);
-    if (config::ragged && !place.has_rows()) return;
+    const BlockPlace place(params, params.query_heads, 1, lane);
+    if (config::ragged && (!place.has_rows(1) || place.query_length * params.group <= params.sequences.few_rows))
+        return;
     const int warp_row = place.first_row + warp * 16;
     const auto tiles_until = [&](int row) {  // tiles that the rows before `row` see
         return (place.visible_keys(min(row, place.query_length) - 1) + key_tile - 1) / key_tile;
@@ -60,35 +61,37 @@ extern "C" __global__ void __launch_bounds__(threads, config::blocks_per_multipr
     const int block_tiles = tiles_until(place.first_row + query_tile);
     const int warp_tiles = warp_row < place.query_length ? tiles_until(warp_row + 16) : 0;
 
-    const u16* const keys = place.row_of(params.key, params.key_strides, place.key_start, params.group);
-    const u16* const values = place.row_of(params.value, params.value_strides, place.key_start, params.group);
+    const int key_head = place.head / params.group;
+    const u16* const keys =
+        place.start_of(static_cast<const u16*>(params.key), params.key_strides, place.key_batch, key_head);
+    const u16* const values =
+        place.start_of(static_cast<const u16*>(params.value), params.value_strides, place.key_batch, key_head);
     const auto ring_slot = [&](int step) { return ptx::shared_address(shared.ring[step % ring_slots]); };
     // Step 2 j loads key tile j, step 2 j + 1 value tile j; one group of copies a step, empty behind the end.
     const auto load = [&](int step) {
         if (step < 2 * block_tiles) {
             const int first_key = step / 2 * key_tile;
-            const i64 stride = step % 2 == 0 ? params.key_strides.token : params.value_strides.token;
-            KeyTile::load<head_dim, key_tile, threads>(ring_slot(step),
-                                                       (step % 2 == 0 ? keys : values) + first_key * stride, stride,
-                                                       place.key_length - first_key, threadIdx.x);
+            const Strides& strides = step % 2 == 0 ? params.key_strides : params.value_strides;
+            const u16* const from = step % 2 == 0 ? keys : values;
+            KeyTile::load<head_dim, key_tile, threads>(
+                ring_slot(step), place.key_length - first_key, threadIdx.x,
+                [&](int row) { return from + place.key_offset(params.sequences, strides, first_key + row); });
         }
         ptx::cp_async_commit();
     };
 
     const u32 warp_memory = ptx::shared_address(shared.rows[warp]);
-    KeyTile::load<head_dim, 16, 32>(warp_memory,
-                                    place.row_of(params.query, params.query_strides, place.query_start + warp_row),
-                                    params.query_strides.token, place.query_length - warp_row, lane);
+    const u16* const queries = place.start_of(static_cast<const u16*>(params.query), params.query_strides,
+                                              place.query_batch, place.head, place.query_start + warp_row);
+    KeyTile::load<head_dim, 16, 32>(warp_memory, place.query_length - warp_row, lane,
+                                    [&](int row) { return queries + row * params.query_strides.token; });
     ptx::cp_async_commit();
     for (int step = 0; step < lookahead; ++step) load(step);
 
-    u32 query[columns / 16][4];
+    Products::Query query;
     ptx::cp_async_wait<lookahead>();
     __syncwarp();
-#pragma unroll
-    for (int k = 0; k < columns / 16; ++k) {
-        ptx::ldmatrix_x4(query[k], warp_memory + KeyTile::offset(lane & 15, 2 * k + (lane >> 4)));
-    }
+    Products::load_query(query, warp_memory, lane);
 
     const Merged merged(warp_memory);
     RowStatistics rows;
@@ -147,10 +150,12 @@ extern "C" __global__ void __launch_bounds__(threads, config::blocks_per_multipr
     }
 
     merged.fold(out, rows, first_chunk());
-    const BlockPlace end(params, lane);  // found again rather than kept in registers
-    const i64 lse_row = (end.batch * params.query_heads + end.head) * params.query_length + end.query_start + warp_row;
+    const BlockPlace end(params, params.query_heads, 1, lane);  // found again rather than kept in registers
+    const int first_row = end.query_start + warp_row;
+    const i64 lse_row = (i64(end.query_batch) * params.query_heads + end.head) * params.query_length + first_row;
     store_rows<head_dim, tile_dim, config::bfloat16>(
-        out, rows, warp_memory, end.row_of(params.out, params.out_strides, end.query_start + warp_row),
+        out, rows, warp_memory,
+        end.start_of(static_cast<u16*>(params.out), params.out_strides, end.query_batch, end.head, first_row),
         params.out_strides.token, params.lse + lse_row, min(16, end.query_length - warp_row));
 }
 

@@ -4,22 +4,21 @@ import ctypes
 import functools
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from cuattn import env
-from cuattn.config import select_config
-from cuattn.emulator import build, run
+from cuattn import emulator, env
+from cuattn.config import Constants, KernelConfig
+from cuattn.emulator import build
 from cuattn.interop import import_tensor
 from cuattn.jit.compiler import compile_cubin
-from cuattn.schedule import LaunchPlan
+from cuattn.schedule import Launch
 
 SOURCE = Path(__file__).parent / "kernels" / "hardware.cuh"
-SHARED_BYTES = 512 + 256 + 512
-THREADS = 32
 
 Array = npt.NDArray[np.generic]
 #: (kernel's name, blocks, inputs, outputs), both by the name of their field in the parameters; fills the outputs.
@@ -33,6 +32,26 @@ class HardwareParams(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_void_p) for name in ("a", "b", "c", "out", "packed"))
 
 
+@dataclass(frozen=True)
+class HardwareConfig(KernelConfig):
+    """A kernel of hardware.cuh; it has no unit of its own."""
+
+    params = "HardwareParams"
+    threads = 32
+    shared_bytes = 512 + 256 + 512
+
+    kernel: str
+    arch: str
+
+    @property
+    def name(self) -> str:
+        return self.kernel
+
+    @property
+    def constants(self) -> Constants:
+        return {}
+
+
 class Functions(NamedTuple):
     """Bits of 2^x, ln(x), and x in bf16 and fp16."""
 
@@ -42,15 +61,19 @@ class Functions(NamedTuple):
     fp16: npt.NDArray[np.uint16]
 
 
+def load(config: KernelConfig) -> ctypes.CDLL:
+    return build.load_kernel(config.name, SOURCE.read_text(), config.kernel, config.params)
+
+
 def emulated(arch: str) -> Launcher:
     """Launches on the CPU, as a GPU of that architecture."""
 
     def launch(kernel: str, blocks: int, inputs: dict[str, Array], outputs: dict[str, Array]) -> None:
-        library = build.load_kernel(kernel, SOURCE.read_text(), kernel, "HardwareParams")
+        config = HardwareConfig(kernel, arch)
         tensors_in, tensors_out = ({n: import_tensor(x, n) for n, x in part.items()} for part in (inputs, outputs))
         params = HardwareParams(**{name: x.ctypes.data for name, x in (inputs | outputs).items()})
-        plan = LaunchPlan(blocks, THREADS, SHARED_BYTES, params)
-        run.launch(kernel, library, arch, plan, tensors_in, tensors_out)
+        planned = Launch(config, blocks, params, tensors_in, tensors_out)
+        emulator.run([planned], load=load)
 
     return launch
 
@@ -58,7 +81,7 @@ def emulated(arch: str) -> Launcher:
 @functools.cache
 def cubin(arch: str) -> bytes:
     """All kernels of hardware.cuh, compiled by NVRTC; needs no device."""
-    return compile_cubin(select_config(64, "full", "float16", arch), SOURCE.read_text(), env.kernel_dir())[0]
+    return compile_cubin(HardwareConfig(KERNELS[0], arch), SOURCE.read_text(), env.kernel_dir())[0]
 
 
 def on_device(arch: str) -> Launcher:
@@ -75,7 +98,7 @@ def on_device(arch: str) -> Launcher:
         arrays = {name: cupy.asarray(x) for name, x in (inputs | outputs).items()}
         params = HardwareParams(**{name: x.data.ptr for name, x in arrays.items()})
         argument = np.frombuffer(bytes(params), f"V{ctypes.sizeof(params)}")
-        kernels[kernel]((blocks,), (THREADS,), (argument,), shared_mem=SHARED_BYTES)
+        kernels[kernel]((blocks,), (HardwareConfig.threads,), (argument,), shared_mem=HardwareConfig.shared_bytes)
         for name, x in outputs.items():
             x[...] = arrays[name].get()
 

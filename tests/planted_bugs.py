@@ -1,14 +1,14 @@
 """Small emulated problems, and changes of the kernels that make them wrong."""
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
 
 import torch
+from small_kernels import TARGET, cache, random_mask, scan
 
 from cuattn import emulator
 from cuattn.checks import check_attention
-from cuattn.config import select_config
-from cuattn.interop import import_tensor
+from cuattn.interop import Tensor, import_tensor
 from cuattn.schedule import plan_forward
 
 
@@ -16,7 +16,7 @@ from cuattn.schedule import plan_forward
 class Problem:
     """One head's attention of seeded random bf16 tensors, and who computes it."""
 
-    len_q: int = 40
+    len_q: int = 72
     len_k: int = 300
     head_dim: int = 64
     mask: str = "full"
@@ -39,11 +39,31 @@ class Problem:
         spread = torch.full((1, 1, self.len_q, self.row_stride, self.head_dim), torch.nan, dtype=torch.bfloat16)
         out, lse = spread[:, :, :, 0], torch.full((1, 1, self.len_q), torch.nan)
         outputs = {"out": import_tensor(out, "out"), "lse": import_tensor(lse, "lse")}
-        config = select_config(self.head_dim, self.mask, "bfloat16", self.arch)
-        plan = plan_forward(config, problem, outputs["out"], outputs["lse"])
-        inputs = {"q": problem.query, "k": problem.key, "v": problem.value}
-        emulator.forward(config, plan, inputs, outputs, schedule, seed)
+        launches = plan_forward(problem, **outputs, target=replace(TARGET, arch=self.arch), allocate=no_workspace)
+        emulator.run(launches, schedule, seed)
         return out.contiguous(), lse
+
+
+def no_workspace(shape: tuple[int, ...], dtype: str) -> Tensor:
+    raise AssertionError(f"the kernel for many rows asks for {shape} of {dtype}")
+
+
+class Appending:
+    """New keys and values in pages of a cache and beyond its capacity."""
+
+    def run(self, schedule: str = "ascending", seed: int = 1) -> None:
+        cache([3, 46, 94], 4, capacity=96, page_size=16).append(schedule, seed)
+
+
+class Scanning:
+    """A mask of several of the block's tiles."""
+
+    def run(self, schedule: str = "ascending", seed: int = 1) -> None:
+        scan(random_mask(9000, batch=1), schedule, seed)
+
+
+class Runnable(Protocol):
+    def run(self, schedule: str = "ascending", seed: int = 1) -> object: ...
 
 
 class Bug(NamedTuple):
@@ -53,10 +73,11 @@ class Bug(NamedTuple):
     old: str
     new: str
     error: str
-    problem: Problem = Problem()
+    problem: Runnable = Problem()
 
 
 FORWARD, EPILOGUE, SOFTMAX = "forward_sm80.cuh", "attn/epilogue.cuh", "attn/softmax.cuh"
+APPEND, SCAN = "append_kv.cuh", "scan_mask.cuh"
 STORE_ROW = "ptx::store_global_u32x4(row_out + row * stride + unit * 8,"
 KERNEL_START = "SharedMemory& shared = *static_cast<SharedMemory*>(ptx::dynamic_shared());"
 UNORDERED = "race with a (read|write) by thread|never written|a copy to there has not been waited for"
@@ -94,13 +115,13 @@ BUGS = {
         FORWARD,
         "query_length - warp_row, lane",
         "query_length * 0 + 16, lane",
-        r"cp\.async of 16 bytes .* outside of every tensor .*q \d+ of 5120",
+        r"cp\.async of 16 bytes .* outside of every tensor .*q \d+ of 9216",
     ),
     "writes behind shared memory": Bug(
         EPILOGUE, "store_shared_u32(scratch + ", "store_shared_u32(scratch + 0x40000 + ", "outside of shared memory"
     ),
     "writes before shared memory": Bug(
-        EPILOGUE, "store_shared_u32(scratch + ", "store_shared_u32(scratch % 16 - 16 + ", "outside of shared memory"
+        EPILOGUE, "store_shared_u32(scratch + ", "store_shared_u32(scratch % 16 - 0x8000 + ", "outside of shared memory"
     ),
     "a shared object that is not there": Bug(
         FORWARD, "shared_address(shared.rows[warp])", "shared_address(shared.rows[99])", "not in shared memory"
@@ -116,21 +137,21 @@ BUGS = {
     ),
     "a store to an input": Bug(
         FORWARD,
-        "end.row_of(params.out,",
-        "end.row_of(const_cast<u16*>(params.query),",
+        "end.start_of(static_cast<u16*>(params.out),",
+        "end.start_of(static_cast<u16*>(const_cast<void*>(params.query)),",
         "global store of 16 bytes .* q is an input",
     ),
     "a row that is not stored": Bug(
         EPILOGUE,
         STORE_ROW,
         f"if (row != 3) {STORE_ROW}",
-        r"^out: 192 elements were not written, the first at \(0, 0, 3, 0\)",
+        r"^out: 320 elements were not written, the first at \(0, 0, 3, 0\)",
     ),
     "a store between the rows": Bug(
         EPILOGUE,
         STORE_ROW,
         f"if (row == 3) ptx::store_global_u32x4(row_out + row * stride + 64 + unit * 8, uint4{{}});\n{STORE_ROW}",
-        r"^out: 384 bytes between its elements were written",
+        r"^out: 640 bytes between its elements were written",
         Problem(row_stride=2),
     ),
     "a collective without half of its lanes": Bug(
@@ -160,5 +181,26 @@ BUGS = {
         "KeyTile::load<head_dim, 16, 32>(warp_memory,",
         "if (lane < 0) KeyTile::load<head_dim, 16, 32>(warp_memory,",
         "never written",
+    ),
+    "new keys behind the end of a page": Bug(
+        APPEND, "position -= number * sequences.page_size;", "", "global store .* outside of every tensor", Appending()
+    ),
+    "new keys beyond the capacity": Bug(
+        APPEND,
+        "length < params.key_length - (source - first)",
+        "true",
+        "global load .* outside of every tensor",
+        Appending(),
+    ),
+    "a token that is stored twice": Bug(
+        APPEND,
+        "i64 row = i64(blockIdx.x)",
+        "i64 row = i64(blockIdx.x / 2)",
+        "[kv]_cache has been written there before",
+        Appending(),
+    ),
+    "no barrier among the warps that count": Bug(SCAN, "__syncthreads();", "", UNORDERED, Scanning()),
+    "counts that are overwritten too early": Bug(
+        SCAN, "buffer ^= 1", "buffer ^= 0", "shared (load|store) .* race with a (read|write) by thread", Scanning()
     ),
 }

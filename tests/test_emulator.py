@@ -13,7 +13,7 @@ from planted_bugs import BUGS, FORWARD, Problem
 
 import cuattn
 from cuattn import emulator, env
-from cuattn.config import select_config
+from cuattn.config import ForwardConfig
 from cuattn.emulator import build
 from cuattn.errors import CompileError, EmulatorError, MissingDependencyError
 from cuattn.testing import assert_bitwise_equal
@@ -165,7 +165,7 @@ class TestBuild:
         assert f"\n{line:4} | struct Tile {{ int wrong = ;\n" in message
 
     def test_an_edit_is_noticed_and_a_build_is_kept(self, sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        config = select_config(64, "full", "bfloat16", "sm_80")
+        config = ForwardConfig(64, "full", "bfloat16", "sm_80")
         first = build.load(config)
         assert build.load(config) is first
         change(sources / FORWARD, "// Step 2 j loads", "// A step 2 j loads")

@@ -7,7 +7,7 @@ import pytest
 from cuattn import env
 
 
-@pytest.mark.parametrize("read", [env.backend, env.kernel_dir, env.cache_dir, env.compiler])
+@pytest.mark.parametrize("read", [env.backend, env.kernel_dir, env.cache_dir, env.compiler, env.check])
 def test_empty_means_not_set(read, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in env.VARIABLES:
         monkeypatch.delenv(variable, raising=False)
@@ -31,4 +31,13 @@ def test_a_folder_of_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_what_is_set_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(env.CACHE_DIR, str(tmp_path))
     monkeypatch.setenv(env.COMPILER, "ccache g++")
-    assert (env.cache_dir(), env.compiler()) == (tmp_path, "ccache g++")
+    monkeypatch.setenv(env.CHECK, "1")
+    assert (env.cache_dir(), env.compiler(), env.check()) == (tmp_path, "ccache g++", True)
+
+
+def test_checks_are_on_or_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(env.CHECK, "0")
+    assert not env.check()
+    monkeypatch.setenv(env.CHECK, "yes")
+    with pytest.raises(ValueError, match=r"^CUATTN_CHECK: got 'yes', expected '0' or '1'$"):
+        env.check()

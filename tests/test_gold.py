@@ -32,6 +32,34 @@ def test_equals_torch(mask: str | None, len_q: int, len_k: int, scale: float | N
     np.testing.assert_allclose(lse, scores.logsumexp(-1).numpy(), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("value_dim", [3, 11])
+def test_value_dim_of_its_own(value_dim: int) -> None:
+    q, k, _ = _random(2, 4, 2, 5, 9)
+    v = np.random.default_rng(2).standard_normal((2, 2, 9, value_dim))
+    out, _ = gold_attention(q, k, v, "causal")
+    columns = [gold_attention(q, k, v[..., [i] * 8], "causal")[0][..., 0] for i in range(value_dim)]
+    np.testing.assert_allclose(out, np.stack(columns, axis=-1), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("mask", ["full", "causal"])
+@pytest.mark.parametrize(("len_q", "len_k"), [(5, 9), (9, 5)])
+def test_key_padding_mask_equals_torch(mask: str, len_q: int, len_k: int) -> None:
+    q, k, v = _random(3, 4, 2, len_q, len_k)
+    exists = np.random.default_rng(3).random((3, len_k)) < 0.5
+    exists[1], exists[2] = True, False
+    seen = torch.from_numpy(exists)[:, None, None, :].expand(3, 1, len_q, len_k)
+    seen = seen.tril(len_k - len_q) if mask == "causal" else seen
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(torch.from_numpy(x) for x in (q, k, v)), attn_mask=seen, enable_gqa=True
+    ).nan_to_num(0.0)
+    for x in (k, v):
+        x[~np.broadcast_to(exists[:, None], x.shape[:3])] = np.nan
+    out, lse = gold_attention(q, k, v, mask, key_padding_mask=exists)
+    np.testing.assert_allclose(out, expected.numpy(), rtol=1e-12, atol=1e-14)
+    assert (np.isneginf(lse) == ~seen.any(dim=-1).numpy()).all()
+    assert not np.allclose(out[0], gold_attention(q, *np.nan_to_num((k, v)), mask)[0][0])
+
+
 def test_rows_that_see_nothing_are_zero() -> None:
     out, lse = gold_attention(*_random(1, 1, 1, 5, 2), "causal")
     assert not out[:, :, :3].any()

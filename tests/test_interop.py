@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from interop_arrays import BFLOAT16, DTYPES, layout, numbers
+from interop_arrays import BFLOAT16, DTYPES, Foreign, layout, numbers
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cuattn.errors import MissingDependencyError
@@ -190,6 +190,15 @@ def test_host_bits_keep_the_memory_alive() -> None:
     gc.collect()
     assert alive() is not None
     assert (bits == 0x3C00).all()
+
+
+@pytest.mark.parametrize("make", [np.asarray, torch.from_numpy, jnp.asarray, Foreign])
+def test_elements_on_the_host(make) -> None:
+    array = np.array([[0, 7, -1], [2**31 - 1, -(2**31), 5]], np.int32)
+    tensor = import_tensor(make(array), "cache_lengths")
+    host = tensor.framework.to_host(tensor)
+    assert host.dtype == np.int32
+    np.testing.assert_array_equal(host, array)
 
 
 # Results

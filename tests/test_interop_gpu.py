@@ -66,6 +66,16 @@ def test_gpu_arrays_in_and_results_out(library: str, dtype: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("library", ["torch", "cupy", "jax"])
+def test_gpu_elements_on_the_host(library: str) -> None:
+    need(library)
+    tensor = import_tensor(on_device(library, "int32"), "cache_lengths")
+    host = tensor.framework.to_host(tensor)
+    assert host.dtype == np.int32
+    np.testing.assert_array_equal(host, numbers("int32"))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("library", ["torch", "cupy"])
 def test_gpu_fast_path_equals_its_capsule(library: str, dtype: str) -> None:

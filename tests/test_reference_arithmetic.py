@@ -103,6 +103,13 @@ class TestConversions:
         assert nan.any()
         assert (bits[nan] == 0x7FFF).all()
 
+    def test_float32_is_itself(self) -> None:
+        values = every_kind_of_float()
+        words, nan = values.view(np.uint32), np.isnan(values)
+        assert nan.any()
+        assert (narrow(values, "float32") == np.where(nan, 0x7FFFFFFF, words)).all()
+        assert widen(words, "float32").tobytes() == words.tobytes()
+
     @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
     def test_widen_is_exact(self, dtype: str) -> None:
         bits = np.arange(2**16, dtype=np.uint32).astype(np.uint16)

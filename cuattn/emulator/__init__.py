@@ -6,6 +6,6 @@ all else that the kernels compute are IEEE operations. Wrong accesses, races, di
 EmulatorErrors.
 """
 
-from cuattn.emulator.run import SCHEDULES, forward
+from cuattn.emulator.run import SCHEDULES, run
 
-__all__ = ["SCHEDULES", "forward"]
+__all__ = ["SCHEDULES", "run"]

@@ -26,7 +26,7 @@ FLAGS = ("-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-s
 
 def load(config: KernelConfig) -> ctypes.CDLL:
     """The emulated kernel's library, built if its sources, the compiler or this machine's processor are new."""
-    return load_kernel(config.name, kernel_source(config), config.kernel, "ForwardParams", vars(config))
+    return load_kernel(config.name, kernel_source(config), config.kernel, config.params, vars(config))
 
 
 def load_kernel(

@@ -1,6 +1,7 @@
-"""Running an emulated kernel on tensors in CPU memory."""
+"""Running emulated kernels on tensors in CPU memory."""
 
 import ctypes
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -9,10 +10,12 @@ from cuattn.config import KernelConfig
 from cuattn.emulator import build, hardware
 from cuattn.errors import EmulatorError
 from cuattn.interop import Tensor
-from cuattn.schedule import LaunchPlan
+from cuattn.schedule import Launch
 
 #: Orders in which threads run and copies land; random ones vary by seed. A correct kernel has the same bits under all.
 SCHEDULES = ("ascending", "descending", "random")
+#: emulator::Use in include/emulator/memory.h: what a kernel may do with a tensor.
+_USES = ("input", "output", "update", "scratch")
 
 
 class _Region(ctypes.Structure):
@@ -20,7 +23,8 @@ class _Region(ctypes.Structure):
         ("name", ctypes.c_char_p),
         ("begin", ctypes.c_void_p),
         ("bytes", ctypes.c_int64),
-        ("written", ctypes.c_void_p),
+        ("writer", ctypes.c_void_p),
+        ("use", ctypes.c_int32),
     ]
 
 
@@ -35,6 +39,7 @@ class _Launch(ctypes.Structure):
         ("error_bytes", ctypes.c_int64),
         ("grid", ctypes.c_int64),
         ("seed", ctypes.c_uint64),
+        ("first_block", ctypes.c_int64),
         ("threads", ctypes.c_int32),
         ("shared_bytes", ctypes.c_int32),
         ("region_count", ctypes.c_int32),
@@ -44,77 +49,90 @@ class _Launch(ctypes.Structure):
     ]
 
 
-def forward(
-    config: KernelConfig,
-    plan: LaunchPlan,
-    inputs: dict[str, Tensor],
-    outputs: dict[str, Tensor],
+def run(
+    launches: Sequence[Launch],
     schedule: str = "ascending",
     seed: int = 1,
+    load: Callable[[KernelConfig], ctypes.CDLL] = build.load,
 ) -> None:
-    """Runs one launch. Raises EmulatorError where the kernel errs or leaves an element of an output unwritten."""
-    launch(config.name, build.load(config), config.arch, plan, inputs, outputs, schedule, seed)
+    """Runs launches one after the other. ``load`` gives the library of a configuration's kernel.
 
-
-def launch(
-    name: str,
-    library: ctypes.CDLL,
-    arch: str,
-    plan: LaunchPlan,
-    inputs: dict[str, Tensor],
-    outputs: dict[str, Tensor],
-    schedule: str = "ascending",
-    seed: int = 1,
-) -> None:
-    """Runs the kernel of a library of `build.load_kernel` as ``forward`` runs its own; ``name`` is for messages.
-
-    ``inputs`` and ``outputs`` are all the memory that the kernel may touch, inputs read-only. Python threads may run
-    launches at the same time.
+    Its tensors are all the memory that a launch may touch: inputs are only read; every element of an output is written
+    once by all launches together; an update, such as a cache, is written anywhere, but no byte twice in one launch; of
+    scratch memory only what has been written is read. No block reads what another block of its launch has written to
+    an update or to scratch memory. A tensor has the same name in every launch that writes to it. Raises EmulatorError
+    where a kernel errs. Python threads may call this at the same time.
     """
-    written = {output: np.zeros(tensor.nbytes_span, np.uint8) for output, tensor in outputs.items()}
+    writers = _Writers()
+    first_block = 1
+    for launch in launches:
+        _run(launch, load(launch.config), writers, first_block, schedule, seed)
+        first_block += launch.grid
+    for name, tensor in {name: tensor for launch in launches for name, tensor in launch.outputs.items()}.items():
+        _check_written(name, tensor, writers.of(name, tensor))
+
+
+class _Writers:
+    """The number of the block that wrote each byte of a tensor last, for the launches of one run."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[tuple[str, int, int], npt.NDArray[np.uint32]] = {}
+
+    def of(self, name: str, tensor: Tensor) -> npt.NDArray[np.uint32]:
+        key = (name, *tensor.address_range)
+        if key not in self._arrays:
+            self._arrays[key] = np.zeros(tensor.nbytes_span, np.uint32)
+        return self._arrays[key]
+
+
+def _run(launch: Launch, library: ctypes.CDLL, writers: _Writers, first_block: int, schedule: str, seed: int) -> None:
+    def region(name: str, tensor: Tensor, use: str) -> _Region:
+        first, end = tensor.address_range
+        writer = None if use == "input" else writers.of(name, tensor).ctypes.data
+        return _Region(name.encode(), first, end - first, writer, _USES.index(use))
+
     # Outputs first: where an output lies between the rows of an input, the first that holds an address is its region.
-    regions = [_region(output, tensor, written[output]) for output, tensor in outputs.items()]
-    regions += [_region(input_, tensor, None) for input_, tensor in inputs.items()]
+    tensors = {
+        "output": launch.outputs,
+        "scratch": launch.scratch,
+        "update": launch.updates,
+        "input": launch.inputs,
+    }
+    regions = [region(name, tensor, use) for use, named in tensors.items() for name, tensor in named.items()]
     message = ctypes.create_string_buffer(1024)
-    core = hardware.tensor_core(arch)
+    core = hardware.tensor_core(launch.config.arch)
     argument = _Launch(
-        params=ctypes.addressof(plan.params),
+        params=ctypes.addressof(launch.params),
         regions=(_Region * len(regions))(*regions),
         exp2_table=hardware.exp2_table().ctypes.data,
         error=ctypes.cast(message, ctypes.c_char_p),
         error_bytes=len(message),
-        grid=plan.grid,
+        grid=launch.grid,
         seed=seed,
-        threads=plan.threads,
-        shared_bytes=plan.shared_bytes,
+        first_block=first_block,
+        threads=launch.threads,
+        shared_bytes=launch.shared_bytes,
         region_count=len(regions),
         schedule=SCHEDULES.index(schedule),
         tensor_core_terms=core.terms,
         tensor_core_fraction_bits=core.fraction_bits,
     )
     if library.emulate(ctypes.byref(argument)):
-        raise EmulatorError(f"{name}: {message.value.decode()}")
-    for output, tensor in outputs.items():
-        _check_written(output, tensor, written[output])
+        raise EmulatorError(f"{launch.config.name}: {message.value.decode()}")
 
 
-def _region(name: str, tensor: Tensor, written: npt.NDArray[np.uint8] | None) -> _Region:
-    first, end = tensor.address_range
-    return _Region(name.encode(), first, end - first, None if written is None else written.ctypes.data)
-
-
-def _check_written(name: str, tensor: Tensor, written: npt.NDArray[np.uint8]) -> None:
+def _check_written(name: str, tensor: Tensor, writer: npt.NDArray[np.uint32]) -> None:
     """Every byte of every element was stored to, and no byte between elements."""
     if 0 in tensor.shape:
         return
     size = tensor.itemsize
-    strides = (*(stride * size for stride in tensor.strides), 1)
+    strides = (*(stride * size * writer.itemsize for stride in tensor.strides), writer.itemsize)
     start = tensor.pointer - tensor.address_range[0]
-    bytes_of = np.lib.stride_tricks.as_strided(written[start:], (*tensor.shape, size), strides)
+    bytes_of = np.lib.stride_tricks.as_strided(writer[start:], (*tensor.shape, size), strides)
     missing = np.argwhere(bytes_of.min(axis=-1) == 0)
     if missing.size:
         raise EmulatorError(
             f"{name}: {len(missing)} elements were not written, the first at {tuple(missing[0].tolist())}"
         )
-    if stray := np.count_nonzero(written) - bytes_of.size:
+    if stray := np.count_nonzero(writer) - bytes_of.size:
         raise EmulatorError(f"{name}: {stray} bytes between its elements were written")

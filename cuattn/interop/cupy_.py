@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import numpy.typing as npt
+
 from cuattn.devices import import_cupy
 from cuattn.interop.numpy_ import dtype_name, numpy_dtype
 from cuattn.interop.tensor import Device, Tensor, contiguous_strides, element_strides
@@ -35,6 +37,10 @@ class CupyFramework:
 
     def written(self, tensor: Tensor) -> None:
         pass
+
+    def to_host(self, tensor: Tensor) -> npt.NDArray[Any]:
+        array: npt.NDArray[Any] = tensor.owner.get()
+        return array
 
     def stream(self, device: Device) -> int:
         return int(import_cupy().cuda.get_current_stream(device.index).ptr)

@@ -5,11 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy.typing as npt
+
 from cuattn.devices import import_cupy
 from cuattn.interop import capsule
 from cuattn.interop.cupy_ import CupyFramework
 from cuattn.interop.numpy_ import NumpyFramework, numpy_dtype
-from cuattn.interop.tensor import CPU, Device, Framework, Tensor
+from cuattn.interop.tensor import CPU, Device, Framework, Tensor, host_bits
 
 #: cudaStreamLegacy: DLPack has no way to ask for a library's current stream, so work is ordered on this one.
 LEGACY_STREAM = 1
@@ -134,6 +136,13 @@ class DlpackFramework:
 
     def written(self, tensor: Tensor) -> None:
         pass
+
+    def to_host(self, tensor: Tensor) -> npt.NDArray[Any]:
+        if tensor.device == CPU:
+            return host_bits(tensor).view(tensor.dtype)
+        with _on_legacy_stream(tensor.device):
+            array: npt.NDArray[Any] = import_cupy().from_dlpack(tensor.owner.array).get()
+        return array
 
     def stream(self, device: Device) -> int:
         return 0 if device == CPU else LEGACY_STREAM

@@ -54,9 +54,13 @@ class Tensor:
         """``(first, end)``: every byte of every element has an address with first <= address < end."""
         if 0 in self.shape:
             return self.pointer, self.pointer
-        reach = [(length - 1) * stride for length, stride in zip(self.shape, self.strides, strict=True)]
-        lowest, highest = sum(r for r in reach if r < 0), sum(r for r in reach if r > 0)
-        return self.pointer + lowest * self.itemsize, self.pointer + (highest + 1) * self.itemsize
+        lowest, highest, itemsize = 0, 1, self.itemsize
+        for length, stride in zip(self.shape, self.strides, strict=True):
+            if stride < 0:
+                lowest += (length - 1) * stride
+            else:
+                highest += (length - 1) * stride
+        return self.pointer + lowest * itemsize, self.pointer + highest * itemsize
 
     @property
     def nbytes_span(self) -> int:
@@ -85,6 +89,10 @@ class Framework(Protocol):
 
     def written(self, tensor: Tensor) -> None:
         """Tell the library that the memory of the caller's array was written to; ``owner`` is that array."""
+        ...
+
+    def to_host(self, tensor: Tensor) -> npt.NDArray[Any]:
+        """The elements of a tensor of a dtype of NumPy's, for reading; of one on a GPU, after its pending work."""
         ...
 
     def stream(self, device: Device) -> int:

@@ -3,6 +3,8 @@
 from functools import lru_cache
 from typing import Any
 
+import numpy.typing as npt
+
 from cuattn.interop.tensor import CPU, Device, Tensor, contiguous_strides
 
 
@@ -82,6 +84,10 @@ class TorchFramework:
 
         if not tensor.owner.is_inference():  # which has no version counter
             torch.autograd.graph.increment_version(tensor.owner)
+
+    def to_host(self, tensor: Tensor) -> npt.NDArray[Any]:
+        array: npt.NDArray[Any] = tensor.owner.cpu().numpy()
+        return array
 
     def stream(self, device: Device) -> int:
         if device.kind == "cpu":

@@ -65,12 +65,12 @@ def precompile(
     MissingDependencyError.
     """
     chosen = [
-        configs.select_config(head_dim, mask, dtype, arch, ragged)
+        config
         for arch in _checked("archs", _default_architectures() if archs is None else archs, configs.ARCHITECTURES)
         for head_dim in _checked("head_dims", head_dims, configs.HEAD_DIMS)
         for mask in _checked("masks", masks, configs.MASKS)
         for dtype in _checked("dtypes", dtypes, configs.DTYPES)
-        for ragged in (False, True)
+        for config in configs.attention_configs(head_dim, mask, dtype, arch)
     ]
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs: got {jobs}, expected None or a number of at least 1")
@@ -121,7 +121,7 @@ def _cubin(config: KernelConfig) -> tuple[Path, bool]:
         "nvrtc": nvrtc,
         "contract": contract.CONTRACT_VERSION,
     }
-    metadata: dict[str, Any] = {"config": asdict(config), **facts}
+    metadata: dict[str, Any] = {"config": {"kernel": config.kernel, **config.constants, "arch": config.arch}, **facts}
 
     def build() -> bytes:
         cubin, used = compiler.compile_cubin(config, source, folder)

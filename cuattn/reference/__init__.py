@@ -1,6 +1,7 @@
 """The CPU backend, and the float64 gold standard for tests."""
 
-from cuattn.reference.canonical import forward
+from cuattn.reference.canonical import combine, forward, forward_partials
 from cuattn.reference.gold import gold_attention
+from cuattn.reference.places import append
 
-__all__ = ["forward", "gold_attention"]
+__all__ = ["append", "combine", "forward", "forward_partials", "gold_attention"]

@@ -4,10 +4,13 @@ A matrix product through BLAS, a NumPy sum or NumPy's exp may round an element d
 array or the element's place in it. Elementwise +, * and comparisons do not.
 """
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float32]
+Bits = npt.NDArray[np.unsignedinteger[Any]]
 LN2 = np.float32(0.6931471805599453)
 
 #: 2**f = 1 + f * p(f) on [-1/2, 1/2], highest power first: near-minimax fit, relative error below 1e-7.
@@ -83,20 +86,20 @@ def row_sum(x: Array) -> Array:
     return x[..., 0]
 
 
-def widen(bits: npt.NDArray[np.uint16], dtype: str) -> Array:
-    """Raw float16 or bfloat16 bits as fp32 numbers."""
+def widen(bits: Bits, dtype: str) -> Array:
+    """Raw bits of float16, bfloat16 or float32 as fp32 numbers."""
     if dtype == "bfloat16":
         return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return bits.view(np.float16).astype(np.float32)
+    return bits.view(dtype).astype(np.float32, copy=False)
 
 
-def narrow(x: Array, dtype: str) -> npt.NDArray[np.uint16]:
-    """fp32 numbers rounded to nearest even, as raw bits; NaN becomes 0x7fff."""
+def narrow(x: Array, dtype: str) -> Bits:
+    """fp32 numbers rounded to nearest even, as raw bits; NaN becomes 0x7fff, of float32 0x7fffffff."""
+    bits: Bits
     if dtype == "bfloat16":
         wide = x.view(np.uint32)
-        bits = ((wide + np.uint32(0x7FFF) + ((wide >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(
-            np.uint16
-        )
+        rounded = wide + np.uint32(0x7FFF) + ((wide >> np.uint32(16)) & np.uint32(1))
+        bits = (rounded >> np.uint32(16)).astype(np.uint16)
     else:
-        bits = x.astype(np.float16).view(np.uint16)
-    return np.where(np.isnan(x), np.uint16(0x7FFF), bits)
+        bits = x.astype(dtype).view(np.uint16 if dtype == "float16" else np.uint32)
+    return np.where(np.isnan(x), bits.dtype.type(np.iinfo(bits.dtype).max >> 1), bits)

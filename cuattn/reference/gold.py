@@ -19,20 +19,28 @@ def visible_keys(len_q: int, len_k: int, mask: str | None) -> NDArray[np.int64]:
 
 
 def gold_attention(
-    q: Float64, k: Float64, v: Float64, mask: str | None = "full", scale: float | None = None
+    q: Float64,
+    k: Float64,
+    v: Float64,
+    mask: str | None = "full",
+    scale: float | None = None,
+    key_padding_mask: NDArray[np.bool_] | None = None,
 ) -> tuple[Float64, Float64]:
-    """Attention of finite float64 inputs: q (B, Hq, Lq, D), k and v (B, Hkv, Lk, D) -> out like q, LSE (B, Hq, Lq).
+    """Attention of finite float64 inputs: q (B, Hq, Lq, D), k (B, Hkv, Lk, D), v (B, Hkv, Lk, Dv).
 
-    ``scale`` defaults to ``D**-0.5``; the LSE is a natural logarithm. A row that sees no key gives 0 and -inf. The
-    scores of all heads are in memory at once: B * Hq * Lq * Lk * 8 bytes, several times over.
+    Returns the output (B, Hq, Lq, Dv) and the LSE (B, Hq, Lq), a natural logarithm. ``scale`` defaults to ``D**-0.5``.
+    ``key_padding_mask`` (B, Lk) is True where a key exists; the others may hold anything. A row that sees no key gives
+    0 and -inf. The scores of all heads are in memory at once: B * Hq * Lq * Lk * 8 bytes, several times over.
     """
     group = q.shape[1] // k.shape[1]
-    k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
+    exists = np.ones((k.shape[0], k.shape[2]), bool) if key_padding_mask is None else key_padding_mask
+    # 0 * NaN is NaN
+    k, v = (np.where(exists[:, None, :, None], np.repeat(x, group, axis=1), 0.0) for x in (k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
     scores = scale * (q @ k.swapaxes(-1, -2))  # (B, Hq, Lq, Lk)
     seen = np.arange(k.shape[2]) < visible_keys(q.shape[2], k.shape[2], mask)[:, None]
-    scores = np.where(seen, scores, -np.inf)
+    scores = np.where(seen & exists[:, None, None, :], scores, -np.inf)
     highest = scores.max(axis=-1, keepdims=True, initial=-np.inf)
     reference = np.where(np.isfinite(highest), highest, 0.0)  # -inf - -inf is NaN
     weights = np.exp(scores - reference)

@@ -15,10 +15,30 @@ __device__ __forceinline__ bool saw_nothing(float reference, float sum) {
     return sum == 0.0f && reference == no_reference;
 }
 
+// What a row's accumulated output is multiplied with.
+__device__ __forceinline__ float normalisation(float reference, float sum) {
+    return saw_nothing(reference, sum) ? 0.0f : __frcp_rn(sum);
+}
+
+// Adding +0 turns -0 into +0 and changes nothing else.
+__device__ __forceinline__ float normalised(float out, float normalisation) {
+    return __fadd_rn(__fmul_rn(out, normalisation), 0.0f);
+}
+
 // Natural logarithm of the sum of e^(scale * score) over the row's visible keys; -inf where there is none, NaN where
 // the reference is infinite.
 __device__ __forceinline__ float log_sum_exp(float reference, float sum) {
     return __fmaf_rn(reference, ln2, natural_log(sum));
+}
+
+// Two neighbouring columns of a finished row, rounded once to the output type.
+template <bool float32, bool bfloat16>
+__device__ __forceinline__ void store_pair(void* out, i64 element, float low, float high) {
+    if constexpr (float32) {
+        ptx::store_global_f32x2(static_cast<float*>(out) + element, make_float2(low, high));
+    } else {
+        ptx::store_global_u32(static_cast<u16*>(out) + element, ptx::pack_16bit<bfloat16>(low, high));
+    }
 }
 
 // Writes a warp's 16 rows. out[b][c]: column 8 b + 2 (lane % 4) + c % 2 of row lane / 4 + 8 (c / 2). `scratch`: 16 rows
@@ -34,14 +54,12 @@ __device__ __forceinline__ void store_rows(const float (&out)[blocks][4], const 
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int row = lane / 4 + 8 * half;
-        const float scale = saw_nothing(rows.reference[half], rows.sum[half]) ? 0.0f : __frcp_rn(rows.sum[half]);
+        const float scale = normalisation(rows.reference[half], rows.sum[half]);
 #pragma unroll
         for (int b = 0; b < units; ++b) {
-            // adding +0 turns -0 into +0 and changes nothing else
-            const float low = __fadd_rn(__fmul_rn(out[b][2 * half], scale), 0.0f);
-            const float high = __fadd_rn(__fmul_rn(out[b][2 * half + 1], scale), 0.0f);
             ptx::store_shared_u32(scratch + Rows::offset(row, b) + 4 * (lane & 3),
-                                  ptx::pack_16bit<bfloat16>(low, high));
+                                  ptx::pack_16bit<bfloat16>(normalised(out[b][2 * half], scale),
+                                                            normalised(out[b][2 * half + 1], scale)));
         }
         if ((lane & 3) == 0 && row < valid) {
             ptx::store_global_f32(row_lse + row, log_sum_exp(rows.reference[half], rows.sum[half]));

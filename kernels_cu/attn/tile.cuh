@@ -1,4 +1,4 @@
-// Tiles of 16-bit elements in shared memory: [row][columns] in units of 16 bytes, the unit's index XORed with the row's
+// Tiles in shared memory: [row][columns] in units of 16 bytes, the unit's index XORed with the row's
 // low three bits, so that the eight rows of an ldmatrix phase lie in eight different bank groups.
 #pragma once
 
@@ -7,26 +7,35 @@
 
 namespace cuattn {
 
-template <int columns>
+// element_bytes: 2 or 4.
+template <int columns, int element_bytes = 2>
 struct Tile {
-    static_assert(columns % 64 == 0, "the XOR of three bits must stay inside a row");
-    static constexpr int units = columns / 8;  // 16-byte units in a row
-    static constexpr int row_bytes = columns * 2;
+    static constexpr int unit_elements = 16 / element_bytes;
+    static constexpr int units = columns / unit_elements;  // 16-byte units in a row
+    static constexpr int row_bytes = columns * element_bytes;
+    static_assert(units % 8 == 0, "the XOR of three bits must stay inside a row");
 
     __device__ static constexpr u32 offset(int row, int unit) { return row * row_bytes + ((unit ^ (row & 7)) << 4); }
 
-    // Copies `rows` rows from `from`, `stride` elements apart, with `threads` threads of which this is number `thread`;
-    // rows from `valid` on are zeros, so that what lies behind a sequence's end (NaN included) stays out of the
-    // products, and so are columns from head_dim on.
-    template <int head_dim, int rows, int threads>
-    __device__ __forceinline__ static void load(u32 to, const u16* from, i64 stride, int valid, int thread) {
-        static_assert(threads % units == 0 && rows * units % threads == 0);
-        const int unit = thread % units;
-#pragma unroll
-        for (int i = 0; i < rows * units / threads; ++i) {
-            const int row = thread / units + i * (threads / units);
-            ptx::cp_async_16(to + offset(row, unit), from + row * stride + unit * 8,
-                             row < valid && unit < head_dim / 8);
+    // Copies `rows` rows with `threads` threads of which this is number `thread`; row r starts at row_start(r), which is
+    // asked for r < valid alone. Rows from `valid` on are zeros, so that what lies behind a sequence's end (NaN included)
+    // stays out of the products, and so are columns from head_dim on.
+    template <int head_dim, int rows, int threads, class RowStart>
+    __device__ __forceinline__ static void load(u32 to, int valid, int thread, const RowStart& row_start) {
+        static_assert(rows * units % threads == 0);
+        constexpr int copies = rows * units / threads;
+        constexpr int unrolled = element_bytes == 2 && copies <= 8 ? copies : 2;  // more costs registers
+#pragma unroll unrolled
+        for (int i = 0; i < copies; ++i) {
+            int row, unit;
+            if constexpr (threads % units == 0) {
+                row = thread / units + i * (threads / units), unit = thread % units;
+            } else {
+                row = (thread + i * threads) / units, unit = (thread + i * threads) % units;
+            }
+            const auto* const from = row < valid ? row_start(row) : nullptr;
+            ptx::cp_async_16(to + offset(row, unit), from + unit * unit_elements,
+                             row < valid && unit < head_dim / unit_elements);
         }
     }
 };

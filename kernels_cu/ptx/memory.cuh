@@ -38,6 +38,22 @@ __device__ __forceinline__ uint4 load_shared_u32x4(u32 from) {
     return x;
 }
 
+__device__ __forceinline__ float2 load_shared_f32x2(u32 from) {
+    float2 x;
+    asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(from) : "memory");
+    return x;
+}
+
+__device__ __forceinline__ void store_shared_f32x2(u32 to, float2 x) {
+    asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(to), "f"(x.x), "f"(x.y) : "memory");
+}
+
+__device__ __forceinline__ u32 load_shared_u32(u32 from) {
+    u32 x;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(from) : "memory");
+    return x;
+}
+
 __device__ __forceinline__ void store_shared_u32(u32 to, u32 x) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(x) : "memory");
 }
@@ -46,6 +62,48 @@ __device__ __forceinline__ int load_global_s32(const int* from) {
     int x;
     asm volatile("ld.global.s32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
     return x;
+}
+
+__device__ __forceinline__ u32 load_global_u8(const unsigned char* from) {
+    u32 x;
+    asm volatile("ld.global.u8 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
+    return x;
+}
+
+__device__ __forceinline__ uint4 load_global_u32x4(const void* from) {
+    uint4 x;
+    asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "l"(from)
+                 : "memory");
+    return x;
+}
+
+__device__ __forceinline__ float load_global_f32(const float* from) {
+    float x;
+    asm volatile("ld.global.f32 %0, [%1];" : "=f"(x) : "l"(from) : "memory");
+    return x;
+}
+
+__device__ __forceinline__ float4 load_global_f32x4(const float* from) {
+    float4 x;
+    asm volatile("ld.global.v4.f32 {%0,%1,%2,%3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "l"(from)
+                 : "memory");
+    return x;
+}
+
+__device__ __forceinline__ void store_global_u32(void* to, u32 x) {
+    asm volatile("st.global.u32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
+}
+
+__device__ __forceinline__ void store_global_f32x2(float* to, float2 x) {
+    asm volatile("st.global.v2.f32 [%0], {%1,%2};" ::"l"(to), "f"(x.x), "f"(x.y) : "memory");
+}
+
+__device__ __forceinline__ void store_global_s32(int* to, int x) {
+    asm volatile("st.global.s32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
 }
 
 __device__ __forceinline__ void store_global_u32x4(void* to, uint4 x) {

@@ -16,12 +16,16 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 
+struct float2 {
+    float x, y;
+};
 struct float4 {
     float x, y, z, w;
 };
 struct uint4 {
     unsigned x, y, z, w;
 };
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 struct uint3 {
@@ -43,21 +47,40 @@ inline float __uint_as_float(unsigned bits) { return emulator::float_of(bits); }
 
 inline void __syncthreads() { emulator::block_barrier(); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) { emulator::warp_barrier(mask); }
-inline float __shfl_xor_sync(unsigned mask, float x, int lane_mask) {
+
+namespace emulator {
+
+// Each lane gets what lane source % 32 gives; `source` may differ from lane to lane.
+template <class T>
+T shuffle(const char* what, unsigned mask, T x, int source) {
     struct Exchange {
-        float in;
-        int lane_mask;
-        mutable float out;
+        T in;
+        int source;
+        mutable T out;
     };
-    const Exchange mine{x, lane_mask, 0.0f};
-    emulator::warp_collective("__shfl_xor_sync", mask, &mine, [&](const void* const* all) {
+    const Exchange mine{x, source, T{}};
+    warp_collective(what, mask, &mine, [](const void* const* all) {
         const auto* const* lanes = reinterpret_cast<const Exchange* const*>(all);
-        for (int i = 0; i < 32; ++i) {
-            if (lanes[i]->lane_mask != lane_mask) emulator::fail("__shfl_xor_sync: lanes differ in the lane mask");
-            lanes[i]->out = lanes[i ^ lane_mask]->in;
-        }
+        for (int i = 0; i < 32; ++i) lanes[i]->out = lanes[lanes[i]->source & 31]->in;
     });
     return mine.out;
+}
+
+}  // namespace emulator
+
+template <class T>
+T __shfl_sync(unsigned mask, T x, int lane) {
+    return emulator::shuffle("__shfl_sync", mask, x, lane);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T x, int lane_mask) {
+    return emulator::shuffle("__shfl_xor_sync", mask, x, emulator::lane_number() ^ lane_mask);
+}
+inline unsigned __reduce_add_sync(unsigned mask, unsigned x) {
+    for (int step = 1; step < 32; step *= 2) {
+        x += emulator::shuffle("__reduce_add_sync", mask, x, emulator::lane_number() ^ step);
+    }
+    return x;
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
     struct Vote {
@@ -75,3 +98,4 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(a * 1ull * b >> 32); }

@@ -1,6 +1,7 @@
-// Checked accesses: bounds, alignment, uninitialised reads, and races that no barrier orders.
+// Checked accesses: bounds, alignment, uninitialised reads, and races that no barrier and no launch orders.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -33,24 +34,46 @@ inline const Region& global_region(const char* what, const void* pointer, int by
     return *region;
 }
 
+enum class Access { read, write };
+
+// What is wrong with an access to a byte that block `writer` has written last; null for a good one. Blocks of one launch
+// run in no order, so what one of them writes is not for the others.
+inline const char* global_error(Access access, Use use, uint32_t writer) {
+    const bool this_launch = writer >= block->first_number;
+    const char* const elsewhere =
+        this_launch && writer != block->number() ? "has been written there by another block" : nullptr;
+    const bool once = (use == Use::output && writer != 0) || (use == Use::update && this_launch);
+    if (access == Access::write) return once ? "has been written there before" : elsewhere;
+    if (use == Use::scratch && writer == 0) return "has not been written there";
+    return use == Use::output ? nullptr : elsewhere;
+}
+
+// Checks an access; a write also becomes the last one.
+template <Access access>
+void note_global(const char* what, const void* pointer, int bytes) {
+    const Region& region = global_region(what, pointer, bytes);
+    const auto fail = [&](const char* why) {
+        fail_access(what, reinterpret_cast<unsigned long long>(pointer), bytes, std::string(region.name) + ' ' + why);
+    };
+    if (!region.writer) {
+        if (access == Access::write) fail("is an input");
+        return;
+    }
+    uint32_t* const writer = region.writer + (static_cast<const char*>(pointer) - region.begin);
+    for (int i = 0; i < bytes; ++i) {
+        if (const char* error = global_error(access, region.use, writer[i])) fail(error);
+    }
+    if (access == Access::write) std::fill_n(writer, bytes, block->number());
+}
+
 inline void load_global(void* to, const void* from, int bytes) {
-    global_region("global load", from, bytes);
+    note_global<Access::read>("global load", from, bytes);
     std::memcpy(to, from, bytes);
 }
 
 inline void store_global(void* to, const void* from, int bytes) {
-    const Region& region = global_region("global store", to, bytes);
-    if (!region.written) {
-        fail_access("global store", reinterpret_cast<unsigned long long>(to), bytes,
-                    std::string(region.name) + " is an input");
-    }
-    char* const written = region.written + (static_cast<char*>(to) - region.begin);
-    if (std::memchr(written, 1, bytes)) {
-        fail_access("global store", reinterpret_cast<unsigned long long>(to), bytes,
-                    std::string(region.name) + " has been written there before");
-    }
+    note_global<Access::write>("global store", to, bytes);
     std::memcpy(to, from, bytes);
-    std::memset(written, 1, bytes);
 }
 
 inline char* shared_bytes(const char* what, uint32_t address, int bytes) {
@@ -58,8 +81,6 @@ inline char* shared_bytes(const char* what, uint32_t address, int bytes) {
     if (!block->shared.holds(address, bytes)) fail_access(what, address, bytes, "outside of shared memory");
     return block->shared.bytes() + address;
 }
-
-enum class Access { read, write };
 
 template <Access access>
 void note(const char* what, uint32_t address, int bytes) {
@@ -92,7 +113,7 @@ inline void land(const Copy& copy) {
 // for it; in between nobody may touch its target. Its bytes land at the start or at the wait, as the schedule says.
 inline void start_copy(uint32_t to, const void* from, bool valid) {
     shared_bytes("cp.async", to, copy_bytes);
-    if (valid) global_region("cp.async", from, copy_bytes);
+    if (valid) note_global<Access::read>("cp.async", from, copy_bytes);
     note<Access::write>("cp.async", to, copy_bytes);
     for (int i = 0; i < copy_bytes; i += 4) ++block->shared.word(to + i).copies_under_way;
     const Copy copy{to, valid ? from : nullptr};

@@ -12,7 +12,8 @@
 
 namespace emulator {
 
-// Fibers run in ascending order with early copies, in descending order with late copies, or in random order.
+// Blocks and fibers run in ascending order with early copies or in descending order with late copies; or fibers and
+// copies in random order.
 enum class Schedule { ascending, descending, random };
 
 // An asynchronous copy of copy_bytes.
@@ -49,6 +50,7 @@ struct Block {
     Schedule schedule;
     uint64_t random_state;
     int threads;
+    uint32_t first_number;  // of the launch's first block among those of all launches
     int index = 0, alive = 0, running = 0;
     uint64_t progress = 0;
     Context scheduler;
@@ -56,6 +58,8 @@ struct Block {
     std::vector<Rendezvous> warp;
     Rendezvous all{0};
     std::string error;
+
+    uint32_t number() const { return first_number + index; }
 };
 
 inline thread_local Block* block = nullptr;

@@ -18,6 +18,8 @@ inline float float_of(uint32_t bits) {
     std::memcpy(&x, &bits, 4);
     return x;
 }
+// Arithmetic on a device makes one NaN only; the host's NaN have signs and payloads.
+inline uint32_t device_bits_of(float x) { return x == x ? bits_of(x) : 0x7fffffffu; }
 
 // For exponents of normal fp64 numbers.
 inline double power_of_two(int exponent) {

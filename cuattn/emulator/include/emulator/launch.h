@@ -24,6 +24,7 @@ struct Launch {
     int64_t error_bytes;
     int64_t grid;
     uint64_t seed;
+    int64_t first_block;  // number of the first block among those of all launches, from 1
     int32_t threads, shared_bytes, region_count, schedule, tensor_core_terms, tensor_core_fraction_bits;
 };
 
@@ -103,14 +104,16 @@ inline void run_grid(const Launch& launch, const std::function<void()>& body, st
                 body,
                 static_cast<Schedule>(launch.schedule),
                 launch.seed * 2654435761u + 88172645463325252u,
-                launch.threads};
+                launch.threads,
+                static_cast<uint32_t>(launch.first_block)};
     block = &state;
     tensor_core = {launch.tensor_core_terms, launch.tensor_core_fraction_bits};
     exp2_table = launch.exp2_table;
     blockDim.x = launch.threads;
     gridDim.x = static_cast<unsigned>(launch.grid);
     const std::unique_ptr<char[]> stacks(new char[stack_bytes * launch.threads]);
-    for (int64_t index = 0; index < launch.grid && state.error.empty(); ++index) {
+    for (int64_t i = 0; i < launch.grid && state.error.empty(); ++i) {
+        const int64_t index = state.schedule == Schedule::descending ? launch.grid - 1 - i : i;
         state.index = static_cast<int>(index);
         blockIdx.x = static_cast<unsigned>(index);
         state.alive = state.threads;

@@ -11,12 +11,22 @@
 
 namespace emulator {
 
-// A tensor's bytes. `written`, where given, has one byte for each, set when a kernel writes it.
+// What a kernel may do with a tensor. It may read all but what is marked.
+enum class Use : int32_t {
+    input,    // not written
+    output,   // each byte written once in all launches
+    update,   // each byte written at most once in a launch
+    scratch,  // read only where it has been written, written any number of times
+};
+
+// A tensor's bytes and, unless it is an input, which block has written each of them last: blocks of all launches are
+// numbered from 1, and 0 is nobody.
 struct Region {
     const char* name;
     char* begin;
     int64_t bytes;
-    char* written;
+    uint32_t* writer;
+    Use use;
 };
 
 struct GlobalMemory {

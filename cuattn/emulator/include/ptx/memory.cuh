@@ -26,6 +26,18 @@ inline uint4 load_shared_u32x4(u32 from) {
     emulator::load_shared(&x, from, 16);
     return x;
 }
+inline float2 load_shared_f32x2(u32 from) {
+    float2 x;
+    emulator::load_shared(&x, from, 8);
+    return x;
+}
+inline void store_shared_f32x2(u32 to, float2 x) { emulator::store_shared(to, &x, 8); }
+
+inline u32 load_shared_u32(u32 from) {
+    u32 x;
+    emulator::load_shared(&x, from, 4);
+    return x;
+}
 inline void store_shared_u32(u32 to, u32 x) { emulator::store_shared(to, &x, 4); }
 
 inline int load_global_s32(const int* from) {
@@ -33,12 +45,37 @@ inline int load_global_s32(const int* from) {
     emulator::load_global(&x, from, 4);
     return x;
 }
+inline u32 load_global_u8(const unsigned char* from) {
+    unsigned char x;
+    emulator::load_global(&x, from, 1);
+    return x;
+}
+inline uint4 load_global_u32x4(const void* from) {
+    uint4 x;
+    emulator::load_global(&x, from, 16);
+    return x;
+}
+inline float load_global_f32(const float* from) {
+    float x;
+    emulator::load_global(&x, from, 4);
+    return x;
+}
+inline float4 load_global_f32x4(const float* from) {
+    float4 x;
+    emulator::load_global(&x, from, 16);
+    return x;
+}
+inline void store_global_u32(void* to, u32 x) { emulator::store_global(to, &x, 4); }
+inline void store_global_s32(int* to, int x) { emulator::store_global(to, &x, 4); }
 inline void store_global_u32x4(void* to, uint4 x) { emulator::store_global(to, &x, 16); }
 
-// Arithmetic on a device makes one NaN only, 0x7fffffff; the host's NaN have signs and payloads.
 inline void store_global_f32(float* to, float x) {
-    const u32 bits = x == x ? __float_as_uint(x) : 0x7fffffffu;
+    const u32 bits = emulator::device_bits_of(x);
     emulator::store_global(to, &bits, 4);
+}
+inline void store_global_f32x2(float* to, float2 x) {
+    const u32 bits[2] = {emulator::device_bits_of(x.x), emulator::device_bits_of(x.y)};
+    emulator::store_global(to, bits, 8);
 }
 
 }  // namespace cuattn::ptx

@@ -1,0 +1,29 @@
+"""Validation: what the caller passed becomes a Problem, or an error that names the argument, what it got and expected.
+
+Nothing is allocated or launched here. Numbers that lie on a GPU are read in checked mode alone.
+"""
+
+from cuattn.checks.arrays import Named
+from cuattn.checks.cache import AppendCall, check_append, check_kvcache
+from cuattn.checks.dense import check_attention, check_varlen
+from cuattn.checks.options import check_count
+from cuattn.checks.outputs import Output, check_out, output_of
+from cuattn.checks.partials import CombineCall, Partials, PartialsCall, check_combine, check_partials
+
+__all__ = [
+    "AppendCall",
+    "CombineCall",
+    "Named",
+    "Output",
+    "Partials",
+    "PartialsCall",
+    "check_append",
+    "check_attention",
+    "check_combine",
+    "check_count",
+    "check_kvcache",
+    "check_out",
+    "check_partials",
+    "check_varlen",
+    "output_of",
+]

@@ -1,0 +1,61 @@
+"""KernelConfig: all that a compiled kernel may depend on. Batch, lengths, device size and splits have no place here."""
+
+import functools
+
+from cuattn.config import forward
+from cuattn.config.base import ARCHITECTURES, DTYPES, HEAD_DIMS, MASKS, KernelConfig, architecture_of
+from cuattn.config.columns import ColumnsConfig
+from cuattn.config.forward import ForwardConfig
+from cuattn.config.small import AppendConfig, CombineConfig, ScanConfig
+
+__all__ = [
+    "ARCHITECTURES",
+    "DTYPES",
+    "HEAD_DIMS",
+    "MASKS",
+    "AppendConfig",
+    "ColumnsConfig",
+    "CombineConfig",
+    "ForwardConfig",
+    "KernelConfig",
+    "ScanConfig",
+    "architecture_of",
+    "attention_configs",
+    "few_rows",
+    "helper_configs",
+    "many_rows",
+]
+
+
+def _is_tiled(head_dim: int, value_dim: int, dtype: str) -> bool:
+    """Whether ForwardConfig's kernel serves many rows of these; ColumnsConfig's serves the others, and few rows."""
+    return dtype in forward.DTYPES and head_dim == value_dim <= forward.LARGEST_HEAD_DIM
+
+
+@functools.cache
+def many_rows(
+    head_dim: int, value_dim: int, mask: str, dtype: str, arch: str, ragged: bool, paged: bool
+) -> ForwardConfig | ColumnsConfig:
+    """The kernel for prefill. Its signature is the invariance: nothing of the batch can reach the choice."""
+    if _is_tiled(head_dim, value_dim, dtype):
+        return ForwardConfig(head_dim, mask, dtype, arch, ragged, paged)
+    return few_rows(head_dim, value_dim, mask, dtype, arch, split=False)
+
+
+@functools.cache
+def few_rows(head_dim: int, value_dim: int, mask: str, dtype: str, arch: str, split: bool = True) -> ColumnsConfig:
+    """The kernel for decode."""
+    return ColumnsConfig(head_dim, value_dim, mask, dtype, arch, split)
+
+
+def attention_configs(head_dim: int, mask: str, dtype: str, arch: str) -> list[KernelConfig]:
+    """The kernels that attention with one head dim for queries, keys and values may need."""
+    shape = (head_dim, head_dim, mask, dtype, arch)
+    lengths = [(False, False), (True, False), (True, True)]
+    many = [many_rows(*shape, ragged, paged) for ragged, paged in lengths]
+    return [*dict.fromkeys(many), few_rows(*shape), CombineConfig(head_dim, dtype, arch)]
+
+
+def helper_configs(arch: str) -> list[KernelConfig]:
+    """The kernels that do not depend on a head dim."""
+    return [AppendConfig(arch), ScanConfig(arch)]

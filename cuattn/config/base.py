@@ -1,0 +1,75 @@
+"""What all kernels' configurations have in common: the architectures, the choices and the base class."""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+MASKS = ("full", "causal")
+DTYPES = ("float16", "bfloat16", "float32")
+HEAD_DIMS = tuple(range(8, 257, 8))
+#: NVRTC targets, with the shared memory in bytes that one block may use there (CUDA C++ Programming Guide, table of
+#: technical specifications per compute capability).
+ARCHITECTURES = {
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_87": 163 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90a": 227 * 1024,
+    "sm_100a": 227 * 1024,
+    "sm_103a": 227 * 1024,
+    "sm_110a": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "sm_121": 99 * 1024,
+}
+
+
+def architecture_of(compute_capability: str) -> str:
+    """Target for a compute capability such as "90": the entry of ARCHITECTURES with that number.
+
+    Raises NotImplementedError for a capability without an entry.
+    """
+    for arch in ARCHITECTURES:
+        if arch.removeprefix("sm_").rstrip("a") == compute_capability:
+            return arch
+    raise NotImplementedError(
+        f"device: got compute capability {compute_capability}, expected one of {', '.join(ARCHITECTURES)}"
+    )
+
+
+Constants = dict[str, int | bool]
+
+
+class KernelConfig(ABC):
+    """One specialisation of a kernel for one architecture.
+
+    kernel: its name, which is that of its file in kernels_cu/; params: the name of its argument's struct.
+    """
+
+    kernel: ClassVar[str]
+    params: ClassVar[str]
+    arch: str
+
+    @property
+    @abstractmethod
+    def name(self) -> str: ...
+
+    @property
+    @abstractmethod
+    def threads(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def shared_bytes(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def constants(self) -> Constants:
+        """What the kernel finds in its namespace ``config``."""
+
+
+def itemsize(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
+
+
+def tile_columns(head_dim: int) -> int:
+    """Columns of a tile in shared memory: head_dim and zeros behind it."""
+    return -(-head_dim // 64) * 64

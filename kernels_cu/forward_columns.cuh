@@ -1,0 +1,297 @@
+// Forward attention for sm_80 and newer, any dtype and head dim: the scores of a tile pass through shared memory. The
+// including unit defines namespace cuattn::config with the constants of one ColumnsConfig (cuattn/jit/unit.py).
+//
+// 16 rows belong to column_warps warps. Each computes the scores of its share of the keys (where a slot of the ring has
+// too few keys for all, the first warps do); then each has all scores of the rows and computes its share of the output's
+// columns. Rows are those of all query heads that share a key head. A
+// split kernel takes an equal part of all chunks of the batch, else a block takes all chunks of its rows. What a row
+// computes, and in which order, depends on absolute key positions alone (docs/numerics.md).
+#pragma once
+
+#include <attn/chunks.cuh>
+#include <attn/params.cuh>
+#include <attn/place.cuh>
+#include <attn/products.cuh>
+#include <attn/products_fp32.cuh>
+#include <attn/results.cuh>
+#include <attn/rows.cuh>
+#include <attn/scores.cuh>
+#include <attn/softmax.cuh>
+#include <attn/tile.cuh>
+#include <attn/work.cuh>
+#include <common/types.cuh>
+#include <ptx/cp_async.cuh>
+#include <ptx/memory.cuh>
+
+namespace cuattn {
+
+using config::head_dim, config::tile_dim, config::value_dim, config::value_tile_dim, config::key_tile;
+using config::row_warps, config::column_warps, config::slot_keys, config::ring_slots;
+
+constexpr int threads = row_warps * column_warps * 32, tile_rows = row_warps * 16;
+constexpr int lookahead = ring_slots - 1;
+constexpr int parts = key_tile / slot_keys;           // slots of a tile
+constexpr int least_keys = config::float32 ? 8 : 16;  // whose scores a warp can compute
+constexpr int score_warps = slot_keys / least_keys < column_warps ? slot_keys / least_keys : column_warps;
+constexpr int warp_keys = slot_keys / score_warps;
+constexpr int warp_columns = value_tile_dim / column_warps;  // of the output
+
+static_assert(config::contract_version == 1, "this file implements version 1 of docs/numerics.md");
+static_assert(key_tile % slot_keys == 0 && slot_keys % least_keys == 0);
+static_assert(head_dim % 8 == 0 && value_dim % 8 == 0 && value_tile_dim % (16 * column_warps) == 0);
+static_assert(config::chunk_length(0) % key_tile == 0, "a chunk is a whole number of tiles");
+
+template <bool float32>
+struct Precision;
+template <>
+struct Precision<false> {
+    using Element = u16;
+    using KeyProducts =
+        MmaProducts<(head_dim + 15) / 16 * 16, tile_dim, warp_keys, config::bfloat16, config::query_in_registers>;
+    using ValueProducts = MmaProducts<warp_columns, value_tile_dim, slot_keys, config::bfloat16>;
+};
+template <>
+struct Precision<true> {
+    using Element = float;
+    using KeyProducts = FmaProducts<head_dim, tile_dim, warp_keys>;
+    using ValueProducts = FmaProducts<warp_columns, value_tile_dim, slot_keys>;
+};
+
+using Element = Precision<config::float32>::Element;
+using KeyProducts = Precision<config::float32>::KeyProducts;
+using ValueProducts = Precision<config::float32>::ValueProducts;
+using KeyTile = Tile<tile_dim, sizeof(Element)>;
+using ValueTile = Tile<value_tile_dim, sizeof(Element)>;
+using Scores = SharedScores<key_tile>;
+using Merged = MergedChunks<warp_columns / 8>;
+
+constexpr int slot_bytes = slot_keys * (tile_dim > value_tile_dim ? KeyTile::row_bytes : ValueTile::row_bytes);
+
+struct SharedMemory {
+    alignas(1024) unsigned char ring[ring_slots][slot_bytes];
+    unsigned char query[tile_rows * KeyTile::row_bytes];
+    unsigned char scores[tile_rows * Scores::row_bytes];
+    unsigned char merged[row_warps * column_warps][Merged::bytes_per_warp];
+};
+static_assert(sizeof(SharedMemory) == config::shared_bytes);
+
+// One block on one part of its work.
+class BlockRows {
+  public:
+    __device__ __forceinline__ BlockRows(const ColumnsParams& params, SharedMemory& shared)
+        : params_(params),
+          shared_(shared),
+          lane_(threadIdx.x & 31),
+          row_warp_(threadIdx.x / 32 / column_warps),
+          column_warp_(threadIdx.x / 32 % column_warps),
+          scores_(ptx::shared_address(shared.scores) + row_warp_ * 16 * Scores::row_bytes, lane_),
+          merged_(ptx::shared_address(shared.merged[threadIdx.x / 32])) {}
+
+    // Computes the chunks of `work` and stores the rows' results, or partial results.
+    __device__ __forceinline__ void attend(const Work& work) {
+        const ForwardParams& params = params_.forward;
+        const int rows = work.sequence.query_length * params.group;
+        const auto tiles_until = [&](int row) {  // tiles that the rows before `row` see
+            const int last_token = (min(row, rows) - 1) / params.group;
+            return (work.sequence.visible_keys(last_token) + key_tile - 1) / key_tile;
+        };
+        const WarpRows warp{work.first_row + 16 * row_warp_, column_warp_ * warp_columns,
+                            rows - (work.first_row + 16 * row_warp_)};
+        const int first_tile = config::chunk_start(work.first_chunk) / key_tile;
+        const int end_tile =
+            min(tiles_until(work.first_row + tile_rows), config::chunk_start(work.end_chunk) / key_tile);
+        const int warp_tiles = warp.existing > 0 ? tiles_until(warp.first_row + 16) : 0;
+        const int first_token = warp.first_row / params.group;
+
+        __syncthreads();  // the block's earlier rows have been read by all
+        start(work, rows, first_tile, end_tile);
+        typename KeyProducts::Query query;
+        KeyProducts::load_query(query, ptx::shared_address(shared_.query) + 16 * row_warp_ * KeyTile::row_bytes, lane_);
+
+        const bool folds = work.first_chunk == 0 && !to_caller();
+        float out[warp_columns / 8][4];
+        RowStatistics statistics;
+        int tile = first_tile;
+#pragma unroll 1
+        for (int chunk = work.first_chunk; chunk < work.end_chunk; ++chunk) {
+            statistics.reset();
+#pragma unroll
+            for (int b = 0; b < warp_columns / 8; ++b) out[b][0] = out[b][1] = out[b][2] = out[b][3] = 0.0f;
+            const int chunk_tiles = min(config::chunk_start(chunk + 1) / key_tile, end_tile);
+#pragma unroll 1
+            for (; tile < chunk_tiles; ++tile) {
+                add_tile(work, query, out, statistics, tile, first_token, tile < warp_tiles);
+            }
+            if (folds) {
+                merged_.fold(out, statistics, chunk == 0);
+                if (chunk + 1 < work.end_chunk) merged_.store(out, statistics);
+            } else {
+                statistics.sum[0] = quad_sum(statistics.sum[0]);
+                statistics.sum[1] = quad_sum(statistics.sum[1]);
+                store_partial<value_dim>(params_, work, warp, chunk, out, statistics, lane_);
+            }
+        }
+        if (!folds) return;
+        if (work.end_chunk == work.chunks) {
+            store_output<value_dim, config::float32, config::bfloat16>(params, work, warp, out, statistics, lane_);
+        } else {
+            store_partial<value_dim>(params_, work, warp, 0, out, statistics, lane_);
+        }
+    }
+
+    // Whether the caller wants every chunk's result.
+    __device__ __forceinline__ bool to_caller() const { return params_.partials.out && !params_.partials.groups; }
+
+  private:
+    // Starts the copies of the rows and of the first tiles, and waits for the rows. A step is one slot of keys or values;
+    // a tile's are those of its keys, then those of its values.
+    __device__ __forceinline__ void start(const Work& work, int rows, int first_tile, int end_tile) {
+        const ForwardParams& params = params_.forward;
+        const auto* const queries = static_cast<const Element*>(params.query);
+        KeyTile::template load<head_dim, tile_rows, threads>(
+            ptx::shared_address(shared_.query), rows - work.first_row, threadIdx.x, [&](int row) {
+                const PackedRow packed(params, work.key_head, work.first_row + row);
+                return queries +
+                       packed.offset(params.query_strides, work.sequence.query_batch, work.sequence.query_start);
+            });
+        ptx::cp_async_commit();
+        step_ = 0;
+        first_slot_key_ = first_tile * key_tile;
+        steps_ = max(0, end_tile - first_tile) * 2 * parts;
+        for (int step = 0; step < lookahead; ++step) load(work, step);
+        ptx::cp_async_wait<lookahead>();
+        __syncthreads();
+    }
+
+    __device__ __forceinline__ void load(const Work& work, int step) {
+        if (step < steps_) {
+            const int tile = step / (2 * parts), part = step % parts;
+            const int first_key = first_slot_key_ + tile * key_tile + part * slot_keys;
+            const u32 slot = ptx::shared_address(shared_.ring[step % ring_slots]);
+            const ForwardParams& params = params_.forward;
+            const KeySequence& sequence = work.sequence;
+            const auto row_of = [&](const void* data, const Strides& strides) {
+                const auto* const head =
+                    sequence.start_of(static_cast<const Element*>(data), strides, sequence.key_batch, work.key_head);
+                return [&, head](int row) {
+                    return head + sequence.key_offset(params.sequences, strides, first_key + row);
+                };
+            };
+            const int valid = sequence.key_length - first_key;
+            if (step % (2 * parts) < parts) {
+                KeyTile::template load<head_dim, slot_keys, threads>(slot, valid, threadIdx.x,
+                                                                     row_of(params.key, params.key_strides));
+            } else {
+                ValueTile::template load<value_dim, slot_keys, threads>(slot, valid, threadIdx.x,
+                                                                        row_of(params.value, params.value_strides));
+            }
+        }
+        ptx::cp_async_commit();
+    }
+
+    // To the next step: its slot is there for all, and the slot that is loaded next has been read by all. Returns the
+    // shared address of the slot.
+    __device__ __forceinline__ u32 advance(const Work& work) {
+        ptx::cp_async_wait<lookahead - 1>();
+        __syncthreads();
+        load(work, step_ + lookahead);
+        return ptx::shared_address(shared_.ring[step_++ % ring_slots]);
+    }
+
+    // Online softmax over one tile. `visible`: whether the warp's rows see any of it.
+    __device__ __forceinline__ void add_tile(const Work& work, typename KeyProducts::Query& query,
+                                             float (&out)[warp_columns / 8][4], RowStatistics& statistics, int tile,
+                                             int first_token, bool visible) {
+        const ForwardParams& params = params_.forward;
+#pragma unroll
+        for (int part = 0; part < parts; ++part) {
+            const u32 slot = advance(work);
+            if (!visible || column_warp_ >= score_warps) continue;
+            float score[warp_keys / 8][4];
+            KeyProducts::multiply_keys(score, query, slot + column_warp_ * warp_keys * KeyTile::row_bytes, lane_);
+            if (params.negate_scores) {
+#pragma unroll
+                for (int b = 0; b < warp_keys / 8; ++b) {
+#pragma unroll
+                    for (int c = 0; c < 4; ++c) score[b][c] = -score[b][c];
+                }
+            }
+            scores_.store(score, part * slot_keys + column_warp_ * warp_keys);
+        }
+        float weight[key_tile / 8][4];
+#pragma unroll
+        for (int part = 0; part < parts; ++part) {
+            const u32 slot = advance(work);
+            if (!visible) continue;
+            if (part == 0) {
+                scores_.load(weight);
+                weigh(work, weight, out, statistics, tile * key_tile, first_token);
+            }
+            ValueProducts::multiply_values(out, weight, slot, lane_, part * slot_keys / 8, column_warp_ * warp_columns);
+        }
+    }
+
+    // From scores to weights, with what was accumulated brought under the new reference.
+    __device__ __forceinline__ void weigh(const Work& work, float (&score)[key_tile / 8][4],
+                                          float (&out)[warp_columns / 8][4], RowStatistics& statistics, int first_key,
+                                          int first_token) const {
+        if (first_key + key_tile > work.sequence.visible_keys(first_token)) {
+            const int row = work.first_row + 16 * row_warp_ + lane_ / 4, group = params_.forward.group;
+            mask_scores(score,
+                        {work.sequence.visible_keys(row / group) - first_key,
+                         work.sequence.visible_keys((row + 8) / group) - first_key},
+                        lane_);
+        }
+        float rescale[2];
+        softmax_tile(score, statistics, params_.forward.factor, rescale);
+#pragma unroll
+        for (int b = 0; b < warp_columns / 8; ++b) {
+#pragma unroll
+            for (int c = 0; c < 4; ++c) out[b][c] = __fmul_rn(out[b][c], rescale[c / 2]);
+        }
+    }
+
+    const ColumnsParams& params_;
+    SharedMemory& shared_;
+    const int lane_, row_warp_, column_warp_;
+    const Scores scores_;
+    const Merged merged_;
+    int step_, steps_, first_slot_key_;
+};
+
+extern "C" __global__ void __launch_bounds__(threads, config::blocks_per_multiprocessor)
+    forward_columns(const __grid_constant__ ColumnsParams params) {
+    BlockRows block(params, *static_cast<SharedMemory*>(ptx::dynamic_shared()));
+    const int lane = threadIdx.x & 31;
+    Work work;
+    if constexpr (config::split) {
+        const bool leader = threadIdx.x == 0 && params.partials.groups;
+        bool told = false;  // about the one group that starts here and ends in a later block
+        Ranges<tile_rows> ranges(params, lane);
+        while (ranges.next(work)) {
+            block.attend(work);
+            const bool goes_on = work.first_chunk == 0 && work.end_chunk < work.chunks;
+            if (leader && (goes_on || (params.partials.by_group && work.first_chunk == 0))) {
+                store_group(params, work, work.slot, tile_rows, work.end_chunk, goes_on ? work.chunks : 0);
+                told = true;
+            }
+        }
+        if (leader && !told && !params.partials.by_group) {
+            store_group(params, work, blockIdx.x, tile_rows, 0, 0);
+        }
+    } else {
+        const ForwardParams& forward = params.forward;
+        const Place<tile_rows, config::causal, true, true> place(forward, forward.query_heads / forward.group,
+                                                                 forward.group, lane);
+        if (!place.has_rows(forward.group) || i64(place.query_length) * forward.group <= forward.sequences.few_rows)
+            return;
+        work.sequence = place;
+        work.key_head = place.head;
+        work.first_row = place.first_row;
+        work.first_chunk = 0;
+        work.chunks = work.end_chunk = max(1, config::chunk_count(place.key_length));
+        block.attend(work);
+    }
+}
+
+}  // namespace cuattn
