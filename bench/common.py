@@ -6,9 +6,10 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cuattn import env
 from cuattn.cli import machine
@@ -18,13 +19,31 @@ ROOT = Path(__file__).resolve().parents[1]
 Substitution = tuple[str, str, str]
 
 
-def attention_flop(batch: int, heads: int, len_q: int, len_k: int, head_dim: int, mask: str) -> float:
-    """Floating-point operations that are counted: two products of 2 len_q len_k head_dim each; half of it for causal.
+T = TypeVar("T")
 
-    The half is the convention of other published figures; exact for long square problems, and it gives no credit for
-    the masked part of the tiles on the diagonal. Exponentials are not counted.
+
+def attention_flop(
+    batch: int, heads: int, len_q: int, len_k: int, head_dim: int, mask: str, value_dim: int | None = None
+) -> float:
+    """Floating-point operations that are counted: for each query row and key that it sees, 2 head_dim + 2 value_dim.
+
+    A causal row sees half a key less than it does: the convention of other published figures, with which a square
+    problem costs half of a full one. It gives no credit for the masked part of the tiles on the diagonal. Exponentials
+    are not counted.
     """
-    return 4 * batch * heads * len_q * len_k * head_dim * (0.5 if mask == "causal" else 1.0)
+    pairs = len_q * (len_k - len_q / 2) if mask == "causal" else len_q * len_k
+    return 2 * batch * heads * pairs * (head_dim + (value_dim or head_dim))
+
+
+def within(seconds: float, items: Sequence[T]) -> Iterator[T]:
+    """The items, until so many seconds have passed; says how long it took and what was left out."""
+    start = time.monotonic()
+    for number, item in enumerate(items):
+        if time.monotonic() - start > seconds:
+            print(f"OUT OF TIME after {seconds:.0f} s: {len(items) - number} of {len(items)} left out", flush=True)
+            return
+        yield item
+    print(f"all {len(items)} in {time.monotonic() - start:.0f} s", flush=True)
 
 
 @contextlib.contextmanager
@@ -59,6 +78,22 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str]
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+class Results:
+    """Rows of a benchmark on a GPU, each with what `provenance` says, and the CSV file that holds them, if any."""
+
+    def __init__(self, path: Path | None, columns: Sequence[str]) -> None:
+        self.path = path
+        self.columns = columns
+        self.rows: list[dict[str, Any]] = []
+        self._facts = provenance()
+        print(", ".join(f"{name} {value}" for name, value in self._facts.items()), flush=True)
+
+    def add(self, rows: Iterable[dict[str, Any]]) -> None:
+        self.rows += [{**row, **self._facts} for row in rows]
+        if self.path:  # each time, so that a run that is stopped leaves what it has
+            write_csv(self.path, self.rows, self.columns)
 
 
 def commit() -> str:

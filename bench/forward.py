@@ -1,48 +1,49 @@
-"""Forward attention on a GPU beside torch SDPA's flash and cuDNN backends, after a check of what is timed.
+"""Forward attention on a GPU beside torch SDPA, after a check of what is timed.
 
-Problems: as many sequences as make --tokens tokens, 2048 / head_dim heads, as many keys as queries. A problem is timed
-only if the output agrees with float64 as well as the peers' does and parts of it computed alone have the same bits.
+Three parts. "grid": as many sequences as make --tokens tokens, 2048 / head_dim heads, as many keys as queries, for each
+of --dtype, --head-dim and --length. "others": the same for a few problems with large or two head dims and in fp32.
+"chunks": new tokens of one sequence over a cache, 32 query and 8 key heads (bench/chunks.py). A problem is timed only
+if the output agrees with float64 as well as the peers' does and parts of it computed alone have the same bits.
 
-Work: 4 B H Lq Lk D operations, half of it for causal; TFLOP/s is work / time, percent_of_roof its share of an 8192^3
-bf16 matrix product measured in the same run. Bytes at least: 4 D (B H Lq + B Hkv Lk) for q, k, v and out of 2 bytes an
-element, 4 B H Lq for the LSE: 0.27 GB at 16K tokens, 0.06 ms on an H200, so products bound the time from 1K keys on.
-Timed by CUDA events around calls in a row that go through several sets of inputs, together larger than the L2 cache;
-the providers take turns in each repeat. A time is the median of the repeats, beside the smallest and the largest.
+Work: 2 B H (D + Dv) operations for each query row and key that it sees; TFLOP/s is work / time, percent_of_roof its
+share of an 8192^3 bf16 matrix product measured in the same run. Bytes at least, in 16 bits: 2 (D + Dv) (B H Lq + B Hkv
+Lk) for q, k, v and out, 4 B H Lq for the LSE: 0.27 GB at 16K tokens, 0.06 ms on an H200, so products bound the time
+from 1K keys on. Timed by CUDA events around calls in a row that go through several sets of inputs, together larger than
+the L2 cache; the providers take turns in each repeat. A time is the median of the repeats, beside the smallest and the
+largest.
 
-Providers: "cuattn" is the public call, "cuattn launch" the launch alone with everything prepared, "flash" and "cudnn"
-are torch SDPA. Figures: "forward"; "host call", the time from Python's entry to its return for a tiny problem without
-synchronisation; "roof", the matrix product. Pass "again" repeats the first problem and the roof at the end: the drift.
-Exit status 1 if a problem was refused.
+Providers: "cuattn" is the public call, "cuattn launch" the launches alone with everything prepared, the others are
+torch SDPA's backends. Figures: "forward"; "chunk", with its rate over that of a whole prefill as ratio_to_prefill;
+"host call", the time from Python's entry to its return for a tiny problem without synchronisation; "roof", the matrix
+product. Pass "again" repeats the first problem and the roof at the end: the drift. Exit status 1 if a problem was
+refused.
 """
 
 import argparse
-import contextlib
 import itertools
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import peers
-from common import PROVENANCE, attention_flop, provenance, write_csv
+import timing
+from chunks import Chunk, measure_chunk
+from common import PROVENANCE, Results, attention_flop, within
+from timing import Call, Times
 
 import cuattn
 from cuattn import config as configs
 
 COLUMNS = (
-    *("figure", "pass", "dtype", "mask", "head_dim", "length", "batch", "heads", "provider"),
-    *("ms", "ms_min", "ms_max", "repeats", "tflops", "percent_of_roof", "ratio_to_flash", "ratio_to_cudnn"),
-    *PROVENANCE,
+    *("figure", "pass", "dtype", "mask", "head_dim", "value_dim", "length", "keys", "batch", "heads", "kv_heads"),
+    *("provider", *timing.COLUMNS, "tflops", "percent_of_roof", *(f"ratio_to_{peer}" for peer in peers.SDPA)),
+    *("ratio_to_prefill", *PROVENANCE),
 )
+PARTS = ("grid", "others", "chunks")
 ROOF_SIZE = 8192
-#: One timed stretch lasts about this long, so that the resolution of events does not count.
-STRETCH_MS = 4.0
-HOST_CALLS = 1000
-Call = Callable[[], Any]
-Times = dict[str, list[float]]  # of each provider, milliseconds of one call
+HeadDims = tuple[int, int]  # of queries and keys, and of values
 
 
 @dataclass(frozen=True)
@@ -50,29 +51,44 @@ class Problem:
     dtype: str
     mask: str
     head_dim: int
+    value_dim: int
     length: int
     batch: int
     heads: int
 
     @property
     def flop(self) -> float:
-        return attention_flop(self.batch, self.heads, self.length, self.length, self.head_dim, self.mask)
+        lengths = self.length, self.length
+        return attention_flop(self.batch, self.heads, *lengths, self.head_dim, self.mask, self.value_dim)
 
     def inputs(self, device: str = "cuda") -> tuple[Any, Any, Any]:
         import torch
 
-        shape = self.batch, self.heads, self.length, self.head_dim
-        q, k, v = (torch.randn(shape, device=device, dtype=getattr(torch, self.dtype)) for _ in range(3))
+        shape = self.batch, self.heads, self.length
+        dtype = getattr(torch, self.dtype)
+        columns = self.head_dim, self.head_dim, self.value_dim
+        q, k, v = (torch.randn(*shape, count, device=device, dtype=dtype) for count in columns)
         return q, k, v
 
     def __str__(self) -> str:
-        return f"{self.dtype} d{self.head_dim} {self.mask:6} {self.batch:3} x {self.length}"
+        values = f":{self.value_dim}" if self.value_dim != self.head_dim else ""
+        return f"{self.dtype} d{self.head_dim}{values} {self.mask:6} {self.batch:3} x {self.length}"
 
 
-def problems(dtypes: Sequence[str], head_dims: Sequence[int], lengths: Sequence[int], tokens: int) -> list[Problem]:
+def problems(
+    dtypes: Sequence[str], head_dims: Sequence[HeadDims], lengths: Sequence[int], tokens: int
+) -> list[Problem]:
     return [
-        Problem(dtype, mask, head_dim, length, max(1, tokens // length), 2048 // head_dim)
-        for dtype, head_dim, mask, length in itertools.product(dtypes, head_dims, ("causal", "full"), lengths)
+        Problem(dtype, mask, *dims, length, max(1, tokens // length), 2048 // dims[0])
+        for dtype, dims, mask, length in itertools.product(dtypes, head_dims, ("causal", "full"), lengths)
+    ]
+
+
+def other_problems(tokens: int) -> list[Problem]:
+    return [
+        *problems(["bfloat16"], [(256, 256)], [2048, 8192], tokens),
+        *problems(["bfloat16"], [(192, 192), (192, 128)], [8192], tokens),
+        *problems(["float32"], [(64, 64), (128, 128)], [2048], tokens),
     ]
 
 
@@ -85,26 +101,32 @@ def why_refused(problem: Problem, inputs: tuple[Any, Any, Any], outputs: dict[st
     return reason or peers.why_not_invariant(cuattn.attention, q, k, v, problem.mask, out)
 
 
-def prepared_launch(q: Any, k: Any, v: Any, mask: str) -> Call:
-    """The launch alone: checked, planned, with outputs in place."""
+def prepared_launches(q: Any, k: Any, v: Any, mask: str) -> Call:
+    """The launches alone: checked, planned, with outputs and workspace in place."""
     import torch
 
     from cuattn.checks import check_attention
-    from cuattn.interop import import_tensor
-    from cuattn.launch import device_architecture, launch_kernel
-    from cuattn.schedule import plan_forward
+    from cuattn.interop import Tensor, import_tensor
+    from cuattn.launch import device_architecture, launch_kernel, processor_count
+    from cuattn.schedule import Target, plan_forward
 
-    outputs = torch.empty_like(q), torch.empty(q.shape[:3], device=q.device)
     problem = check_attention(q, k, v, mask, None, None, "bhsd", None)
-    index = problem.query.device.index
-    config = configs.select_config(problem.head_dim, mask, problem.query.dtype, device_architecture(index))
+    query = problem.query
+    index = query.device.index
+
+    def allocate(shape: tuple[int, ...], dtype: str) -> Tensor:
+        return query.framework.empty(shape, dtype, query.device, query)
+
+    outputs = torch.empty(problem.out_shape, dtype=q.dtype, device=q.device), torch.empty(q.shape[:3], device=q.device)
     out, lse = (import_tensor(x, "out") for x in outputs)
-    plan = plan_forward(config, problem, out, lse)
+    target = Target(device_architecture(index), processor_count(index))
+    launches = plan_forward(problem, out, lse, target, allocate)  # which keep the memory that they touch alive
     stream = torch.cuda.current_stream().cuda_stream
 
     def launch() -> Any:
-        launch_kernel(config, plan.grid, plan.shared_bytes, plan.params, index, stream)
-        return outputs  # which keeps them alive
+        for one in launches:
+            launch_kernel(one.config, one.grid, one.params, index, stream)
+        return outputs
 
     return launch
 
@@ -112,47 +134,14 @@ def prepared_launch(q: Any, k: Any, v: Any, mask: str) -> Call:
 def providers_of(problem: Problem, sets: Sequence[tuple[Any, Any, Any]], peer_names: Sequence[str]) -> dict[str, Call]:
     """Functions of which every call takes the next of the sets of inputs."""
 
-    def rotating(calls: list[Call]) -> Call:
-        turns = itertools.cycle(calls)
-        return lambda: next(turns)()
-
     def each(function: Callable[..., Any]) -> Call:
-        return rotating([lambda qkv=qkv: function(*qkv, problem.mask) for qkv in sets])  # type: ignore[misc]
+        return timing.rotating([lambda qkv=qkv: function(*qkv, problem.mask) for qkv in sets])  # type: ignore[misc]
 
     return {
         "cuattn": each(cuattn.attention),
-        "cuattn launch": rotating([prepared_launch(*qkv, problem.mask) for qkv in sets]),
+        "cuattn launch": timing.rotating([prepared_launches(*qkv, problem.mask) for qkv in sets]),
         **{name: each(peers.sdpa) for name in peer_names},
     }
-
-
-def backend_of(provider: str) -> contextlib.AbstractContextManager[None]:
-    return peers.only(provider) if provider in peers.SDPA else contextlib.nullcontext()
-
-
-def time_in_turns(providers: dict[str, Call], repeats: int) -> Times:
-    """Each provider ``repeats`` times, in turns."""
-    import torch
-
-    def stretch(name: str, count: int) -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        with backend_of(name):
-            start.record()
-            for _ in range(count):
-                providers[name]()
-            end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / count
-
-    counts = {}
-    for name in providers:
-        stretch(name, 3)  # compiles, loads, warms up
-        counts[name] = max(2, round(STRETCH_MS / stretch(name, 3)))
-    times: Times = {name: [] for name in providers}
-    for _ in range(repeats):
-        for name in providers:
-            times[name].append(stretch(name, counts[name]))
-    return times
 
 
 def measure_forward(problem: Problem, sets: int, repeats: int) -> Times | str:
@@ -160,7 +149,7 @@ def measure_forward(problem: Problem, sets: int, repeats: int) -> Times | str:
     inputs = [problem.inputs() for _ in range(sets)]
     outputs = peers.available(*inputs[0], problem.mask, lambda line: print(f"{problem}: {line}", flush=True))
     reason = why_refused(problem, inputs[0], outputs)
-    return reason or time_in_turns(providers_of(problem, inputs, list(outputs)), repeats)
+    return reason or timing.time_in_turns(providers_of(problem, inputs, list(outputs)), repeats)
 
 
 def measure_roof(repeats: int) -> Times:
@@ -168,48 +157,26 @@ def measure_roof(repeats: int) -> Times:
     import torch
 
     a, b = (torch.randn(ROOF_SIZE, ROOF_SIZE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return time_in_turns({"matmul": lambda: a @ b}, repeats)
+    return timing.time_in_turns({"matmul": lambda: a @ b}, repeats)
 
 
 def measure_host(problem: Problem) -> Times:
-    """From a call's entry to its return, HOST_CALLS times; the problem is so small that the device keeps up."""
-    import torch
-
     inputs = problem.inputs()
     names = list(peers.available(*inputs, problem.mask, lambda line: print(f"host call: {line}", flush=True)))
-    times: Times = {}
-    for name, call in providers_of(problem, [inputs], names).items():
-        with backend_of(name):
-            for _ in range(100):
-                call()
-            torch.cuda.synchronize()
-            times[name] = []
-            for _ in range(HOST_CALLS):
-                start = time.perf_counter()
-                call()
-                times[name].append(1e3 * (time.perf_counter() - start))
-            torch.cuda.synchronize()
-    return times
+    return timing.time_host(providers_of(problem, [inputs], names))
 
 
 def rows_of(
     labels: dict[str, Any], times: Times, flop: float | None = None, roof: float | None = None
 ) -> list[dict[str, Any]]:
-    """CSV rows, a provider each. Of ``flop`` operations a call also the rate, and its share of ``roof`` in FLOP/ms.
-
-    A ratio is a provider's speed over a peer's: above 1 is faster.
-    """
-    medians = {name: statistics.median(samples) for name, samples in times.items()}
+    """CSV rows, a provider each. Of ``flop`` operations a call also the rate, and its share of ``roof`` in FLOP/ms."""
     rows = []
     for name, samples in times.items():
-        row = {**labels, "provider": name, "repeats": len(samples)}
-        for column, value in (("ms", medians[name]), ("ms_min", min(samples)), ("ms_max", max(samples))):
-            row[column] = f"{value:.5f}"
+        row = {**labels, "provider": name, **timing.figures(samples), **timing.ratios(name, times)}
         if flop:
-            row["tflops"] = f"{flop / medians[name] / 1e9:.1f}"
-        if flop and roof:
-            row["percent_of_roof"] = f"{100 * flop / medians[name] / roof:.1f}"
-        row |= {f"ratio_to_{peer}": f"{medians[peer] / medians[name]:.3f}" for peer in peers.SDPA if peer in medians}
+            rate = flop / timing.medians(times)[name]
+            row["tflops"] = f"{rate / 1e9:.1f}"
+            row |= {"percent_of_roof": f"{100 * rate / roof:.1f}"} if roof else {}
         rows.append(row)
     return rows
 
@@ -219,31 +186,45 @@ def line_of(row: dict[str, Any]) -> str:
     spread = f"({row['ms_min']} to {row['ms_max']} ms)"
     if "tflops" not in row:
         return f"{1e3 * float(row['ms']):.1f} us {spread}"
-    ratios = " ".join(f"{float(row['ratio_to_' + p]):.2f} x {p}" for p in peers.SDPA if f"ratio_to_{p}" in row)
+    others = (*peers.SDPA, "prefill")
+    ratios = " ".join(f"{float(row['ratio_to_' + p]):.2f} x {p}" for p in others if f"ratio_to_{p}" in row)
     return f"{row['tflops']:>6} TFLOP/s {row['percent_of_roof']:>5} % of roof {ratios} {spread}"
 
 
 def print_summary(rows: Sequence[dict[str, Any]]) -> None:
-    """TFLOP/s of cuattn, flash and cuDNN: a line for each dtype, head dim and mask, a column for each length."""
+    """TFLOP/s of cuattn and its peers: a line for each dtype, head dim and mask, a column for each length."""
     rates: dict[tuple[Any, ...], dict[int, dict[str, str]]] = {}
     for row in rows:
         if row["figure"] == "forward" and row["pass"] == "first":
-            lengths = rates.setdefault((row["dtype"], row["head_dim"], row["mask"]), {})
+            dims = row["head_dim"], row["value_dim"]
+            lengths = rates.setdefault((row["dtype"], *dims, row["mask"]), {})
             lengths.setdefault(row["length"], {})[row["provider"]] = f"{float(row['tflops']):.0f}"
-    print("\nTFLOP/s by length: cuattn / " + " / ".join(peers.SDPA))
-    for (dtype, head_dim, mask), lengths in rates.items():
-        cells = [f"{n}: " + " / ".join(r.get(p, "-") for p in ("cuattn", *peers.SDPA)) for n, r in lengths.items()]
-        print(f"{dtype} d{head_dim:<3} {mask:6} " + "   ".join(cells))
+    print("\nTFLOP/s by length: cuattn / flash / cuDNN, in fp32 cuattn / efficient / math")
+    for (dtype, head_dim, value_dim, mask), lengths in rates.items():
+        names = ("cuattn", *peers.FASTEST[dtype])
+        cells = [f"{n}: " + " / ".join(r.get(name, "-") for name in names) for n, r in lengths.items()]
+        print(f"{dtype} d{head_dim:<3} v{value_dim:<3} {mask:6} " + "   ".join(cells))
+
+
+def head_dims(text: str) -> HeadDims:
+    """ "128", or "192:128" for values with a head dim of their own."""
+    first, _, second = text.partition(":")
+    dims = int(first), int(second or first)
+    if not set(dims) <= set(configs.HEAD_DIMS):
+        raise argparse.ArgumentTypeError(f"got {text}, expected multiples of 8 up to {configs.HEAD_DIMS[-1]}")
+    return dims
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--head-dim", type=int, nargs="+", choices=configs.HEAD_DIMS, default=[64, 128])
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="default: all")
+    parser.add_argument("--head-dim", type=head_dims, nargs="+", metavar="D[:DV]", default=[(64, 64), (128, 128)])
     parser.add_argument("--length", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384])
     parser.add_argument("--dtype", nargs="+", choices=configs.DTYPES, default=["bfloat16"])
     parser.add_argument("--tokens", type=int, default=16384, help="tokens in a batch (default: %(default)s)")
     parser.add_argument("--sets", type=int, default=2, help="sets of inputs to go through (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=300, help="no new problem after them (default: %(default)s)")
     parser.add_argument("--csv", type=Path, help="file to write the rows to")
     options = parser.parse_args()
 
@@ -252,36 +233,51 @@ def main() -> int:
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device that torch can use")
     torch.manual_seed(0)
-    facts = provenance()
-    print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
-    rows: list[dict[str, Any]] = []
+    results = Results(options.csv, COLUMNS)
 
-    def add(figure: str, again: str, problem: Problem | None, times: Times, **work: float) -> None:
-        size = asdict(problem) if problem else {"dtype": "bfloat16", "length": ROOF_SIZE}
-        for row in rows_of({"figure": figure, "pass": again, **size}, times, **work):
-            rows.append({**row, **facts})
-            print(f"{problem or figure} {again:5} {row['provider']:13} {line_of(row)}", flush=True)
-        if options.csv:  # each time, so that a run that is stopped leaves what it has
-            write_csv(options.csv, rows, COLUMNS)
+    def add(problem: Problem | Chunk | str, rows: Sequence[dict[str, Any]]) -> None:
+        results.add(rows)
+        for row in rows:
+            print(f"{problem} {row['pass']:5} {row['provider']:13} {line_of(row)}", flush=True)
 
-    measured = measure_roof(options.repeats)
-    roof_flop = 2.0 * ROOF_SIZE**3
-    roof = roof_flop / statistics.median(measured["matmul"])
-    add("roof", "first", None, measured, flop=roof_flop, roof=roof)
+    def add_roof(again: str) -> float:
+        """Adds a measurement of the roof; returns it, in FLOP/ms."""
+        times = measure_roof(options.repeats)
+        flop = 2.0 * ROOF_SIZE**3
+        measured = flop / timing.medians(times)["matmul"]
+        labels = {"figure": "roof", "pass": again, "dtype": "bfloat16", "length": ROOF_SIZE}
+        add("roof", rows_of(labels, times, flop, measured))
+        return measured
+
+    roof = add_roof("first")
     refused = 0
-    todo = problems(options.dtype, options.head_dim, options.length, options.tokens)
-    for problem, again in [*((p, "first") for p in todo), (todo[0], "again")]:
-        result = measure_forward(problem, options.sets, options.repeats)
+    todo = problems(options.dtype, options.head_dim, options.length, options.tokens) if "grid" in options.part else []
+    todo += other_problems(options.tokens) if "others" in options.part else []
+    prefill = None  # FLOP/ms of the first chunk, which is a whole sequence
+    work: list[tuple[Problem | Chunk, str]] = [(problem, "first") for problem in todo]
+    work += [(chunk, "first") for chunk in Chunk.default_set()] if "chunks" in options.part else []
+    work += [(problem, "again") for problem in todo[:1]]
+    for problem, again in within(options.seconds, work):
+        if isinstance(problem, Chunk):
+            result = measure_chunk(problem, options.repeats)
+        else:
+            result = measure_forward(problem, options.sets, options.repeats)
         if isinstance(result, str):
             refused += 1
             print(f"{problem} REFUSED: {result}", flush=True)
-        else:
-            add("forward", again, problem, result, flop=problem.flop, roof=roof)
-    add("roof", "again", None, measure_roof(options.repeats), flop=roof_flop, roof=roof)
-    for head_dim in options.head_dim:
-        tiny = Problem(options.dtype[0], "causal", head_dim, 16, 1, 2)
-        add("host call", "first", tiny, measure_host(tiny))
-    print_summary(rows)
+            continue
+        figure = "chunk" if isinstance(problem, Chunk) else "forward"
+        rows = rows_of({"figure": figure, "pass": again, **asdict(problem)}, result, problem.flop, roof)
+        if isinstance(problem, Chunk):
+            rate = problem.flop / timing.medians(result)["cuattn"]
+            prefill = prefill or rate
+            rows[0]["ratio_to_prefill"] = f"{rate / prefill:.3f}"
+        add(problem, rows)
+    add_roof("again")
+    for head_dim, value_dim in options.head_dim if "grid" in options.part else []:
+        tiny = Problem(options.dtype[0], "causal", head_dim, value_dim, 16, 1, 2)
+        add("host call", rows_of({"figure": "host call", "pass": "first", **asdict(tiny)}, measure_host(tiny)))
+    print_summary(results.rows)
     return int(refused > 0)
 
 

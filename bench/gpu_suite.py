@@ -1,11 +1,13 @@
 """Everything that needs a GPU, in one call: tests, compute-sanitizer, checks, benchmarks. Needs no network.
 
-    python3 bench/gpu_suite.py FOLDER [STEP...]     all steps, or those that are named
+    python3 bench/gpu_suite.py FOLDER               the whole suite
+    python3 bench/gpu_suite.py FOLDER smoke         a first look, within a minute
+    python3 bench/gpu_suite.py FOLDER STEP...       the named steps
 
-runs with this interpreter, which needs CuPy, torch for CUDA, ml_dtypes and pytest with its plugins xdist and timeout.
-FOLDER gets log.txt (all output), summary.txt, forward.csv, accuracy.csv, jit_time.csv and check.json. The variable
-COMMIT says which commit to note in the CSV files where there is no git. A planted_* step passes if compute-sanitizer
-finds the bug that was planted. Exit status 0 if all steps passed.
+runs with this interpreter, which needs CuPy, torch for CUDA, ml_dtypes, a C++ compiler, and pytest with its plugins
+xdist and timeout. FOLDER gets log.txt (all output), summary.txt, decode.csv, forward.csv, padded.csv, accuracy.csv,
+jit_time.csv and check.json. The variable COMMIT says which commit to note in the CSV files where there is no git. A
+planted_* step passes if compute-sanitizer finds the bug that was planted. Exit status 0 if all steps passed.
 """
 
 import argparse
@@ -35,13 +37,17 @@ for command in (["nvidia-smi"], ["compute-sanitizer", "--version"], ["g++", "--v
 
 @dataclass(frozen=True)
 class Step:
-    """A command, the most seconds that it may take, the status that it must end with, the last lines that are shown."""
+    """A command, the most seconds that it may take, the status that it must end with, the last lines that are shown.
+
+    group: what runs it besides its name: "suite" if nothing is named.
+    """
 
     name: str
     seconds: int
     command: tuple[str, ...]
     status: int = 0
     shown: int = 3
+    group: str = "suite"
 
 
 def python(*arguments: str) -> tuple[str, ...]:
@@ -60,32 +66,54 @@ def sanitize(tool: str, *arguments: str) -> tuple[str, ...]:
 
 
 def all_steps(folder: Path) -> list[Step]:
-    """In the order of their worth: what comes last may find no time left."""
+    """In the order of their worth: what comes last may find no time left. The limits are far above what they take."""
 
     def bench(name: str, *arguments: str) -> tuple[str, ...]:
         return python(f"bench/{name}.py", *arguments, "--csv", str(folder / f"{name}.csv"))
 
-    def planted(tool: str, bug: str, head_dim: str) -> Step:
-        return Step(f"planted_{bug}", 40, sanitize(tool, "--plant", bug, "--head-dim", head_dim), FOUND)
+    def planted(tool: str, bug: str, *what: str) -> Step:
+        return Step(f"planted_{bug}", 30, sanitize(tool, "--plant", bug, *what), FOUND)
 
+    def many_rows(head_dim: int) -> tuple[str, ...]:
+        return "--head-dim", str(head_dim), "--call"
+
+    def call(name: str) -> tuple[str, ...]:
+        return "--head-dim", "--call", name
+
+    few = ("--batch", "1", "64", "--length", "2048", "32768", "--heads", "32/8", "--page-size", "--splits")
+    dims = ("--head-dim", "24", "64", "72", "128", "256")
     check = python("-m", "cuattn", "check", "--backend", "cuda", "--json", str(folder / "check.json"))
     workers = str(max(1, (os.cpu_count() or 1) - 2))
     return [
-        Step("versions", 60, python("-c", VERSIONS), shown=0),
+        Step("versions", 30, python("-c", VERSIONS), shown=0),
+        Step("smoke_bits", 60, python("bench/smoke.py"), shown=20, group="smoke"),
+        Step("smoke_decode", 40, bench("decode", *few, "--seconds", "15"), shown=24, group="smoke"),
         Step("info", 30, python("-m", "cuattn", "info"), shown=20),
-        Step("tests_gpu", 150, pytest("-m", "gpu", "-n", "4"), shown=8),
-        Step("memcheck", 60, sanitize("memcheck")),
-        planted("memcheck", "write", "64"),
-        planted("memcheck", "read", "64"),
+        Step("precompile", 60, python("-m", "cuattn", "precompile", *dims), shown=1),
+        Step("tests_gpu", 120, pytest("-m", "gpu", "-n", "4"), shown=8),
+        Step("decode", 90, bench("decode", "--seconds", "70"), shown=24),
+        Step("padded", 45, bench("padded", "--seconds", "35"), shown=20),
+        Step("forward", 100, bench("forward", "--seconds", "75"), shown=24),
+        Step("memcheck", 75, sanitize("memcheck")),
+        planted("memcheck", "write", *many_rows(64)),
+        planted("memcheck", "read", *many_rows(64)),
+        planted("memcheck", "append", *call("append beyond")),
         Step("racecheck", 90, sanitize("racecheck")),
-        planted("racecheck", "overlap", "64"),
-        planted("racecheck", "barrier", "128"),
-        Step("check", 120, check, shown=5),
-        Step("forward", 120, bench("forward"), shown=12),
+        planted("racecheck", "overlap", *many_rows(64)),
+        planted("racecheck", "barrier", *many_rows(128)),
+        planted("racecheck", "columns", *call("few rows")),
+        planted("racecheck", "scan", *call("mask")),
+        Step("check", 90, check, shown=5),
         Step("accuracy", 60, bench("accuracy")),
-        Step("jit_time", 60, bench("jit_time", "--repeats", "3"), shown=4),
+        Step("jit_time", 60, bench("jit_time", "--repeats", "3"), shown=8),
         # the tests of the wheel need an index
-        Step("tests_rest", 240, pytest("-m", "not gpu", "-n", workers, "--ignore", "tests/test_package.py"), shown=8),
+        Step(
+            "tests_rest",
+            240,
+            pytest("-m", "not gpu", "-n", workers, "--ignore", "tests/test_package.py"),
+            shown=8,
+            group="",
+        ),
     ]
 
 
@@ -151,17 +179,20 @@ def run_all(steps: list[Step], folder: Path, seconds: float) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where results go")
-    parser.add_argument("steps", nargs="*", metavar="STEP", help="one of " + ", ".join(s.name for s in all_steps(ROOT)))
-    parser.add_argument("--seconds", type=float, default=530, help="for all steps together (default: %(default)s)")
+    parser.add_argument(
+        "steps", nargs="*", metavar="STEP", help="smoke, or " + ", ".join(s.name for s in all_steps(ROOT))
+    )
+    parser.add_argument("--seconds", type=float, default=420, help="for all steps together (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="only print the commands")
     options = parser.parse_args()
 
     folder = options.folder.resolve()
     steps = all_steps(folder)
-    unknown = set(options.steps) - {step.name for step in steps}
+    names = set(options.steps or ["suite"])
+    unknown = names - {name for step in steps for name in (step.name, step.group)}
     if unknown:
         parser.error(f"STEP: got {', '.join(sorted(unknown))}, expected some of {', '.join(s.name for s in steps)}")
-    chosen = [step for step in steps if not options.steps or step.name in options.steps]
+    chosen = [step for step in steps if names & {step.name, step.group}]
     if options.dry_run:
         print("\n".join(f"{step.name:16} {step.seconds:4} s  {shlex.join(step.command)}" for step in chosen))
         return 0

@@ -8,7 +8,6 @@ Exit status 1 if a target is missed.
 """
 
 import argparse
-import csv
 import os
 import platform
 import statistics
@@ -16,28 +15,34 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+
+from common import write_csv
 
 from cuattn import config as configs
 from cuattn import env
 from cuattn.jit import compiler
 
 TARGETS = {"cold": 3.0, "warm": 0.1, "process": None}
+#: Kernels for many rows, and for few.
+ROWS = ("many", "few")
 PROGRAM = """
 import sys, time
 import cupy
-from cuattn.config import select_config
+from cuattn import config as configs
 from cuattn.jit import cubin_path
-config = select_config(int(sys.argv[1]), *sys.argv[2:])
+rows, head_dim, *others = sys.argv[1:]
+shape = int(head_dim), int(head_dim), *others
+config = configs.few_rows(*shape, False) if rows == "few" else configs.many_rows(*shape, False, False)
 start = time.perf_counter()
 cubin_path(config)
 print(time.perf_counter() - start)
 """
 
 
-def measure(config: configs.KernelConfig, cache: Path) -> tuple[float, float]:
-    """Seconds of `cubin_path`, and of the whole process that calls it."""
-    arguments = [str(config.head_dim), config.mask, config.dtype, config.arch]
+def measure(arguments: Sequence[str], cache: Path) -> tuple[float, float]:
+    """Seconds of `cubin_path`, and of the whole process that calls it, for PROGRAM's arguments."""
     start = time.perf_counter()
     process = subprocess.run(
         [sys.executable, "-c", PROGRAM, *arguments],
@@ -49,12 +54,12 @@ def measure(config: configs.KernelConfig, cache: Path) -> tuple[float, float]:
     return float(process.stdout), time.perf_counter() - start
 
 
-def measure_all(config: configs.KernelConfig, repeats: int) -> dict[str, list[float]]:
+def measure_all(arguments: Sequence[str], repeats: int) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in TARGETS}
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as folder:
-            seconds["cold"].append(measure(config, Path(folder))[0])
-            call, process = measure(config, Path(folder))
+            seconds["cold"].append(measure(arguments, Path(folder))[0])
+            call, process = measure(arguments, Path(folder))
             seconds["warm"].append(call)
             seconds["process"].append(process)
     return seconds
@@ -62,6 +67,7 @@ def measure_all(config: configs.KernelConfig, repeats: int) -> dict[str, list[fl
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="default: both")
     parser.add_argument("--head-dim", type=int, choices=configs.HEAD_DIMS, default=128)
     parser.add_argument("--mask", choices=configs.MASKS, default="causal")
     parser.add_argument("--dtype", choices=configs.DTYPES, default="bfloat16")
@@ -70,33 +76,36 @@ def main() -> int:
     parser.add_argument("--csv", type=Path, help="file to write the rows to")
     options = parser.parse_args()
 
-    config = configs.select_config(options.head_dim, options.mask, options.dtype, options.arch)
-    seconds = measure_all(config, options.repeats)
-    rows = [
-        {
-            "kernel": config.name,
-            "figure": name,
-            "median_s": f"{statistics.median(samples):.4f}",
-            "min_s": f"{min(samples):.4f}",
-            "max_s": f"{max(samples):.4f}",
-            "target_s": TARGETS[name] or "",
-            "repeats": options.repeats,
-            "nvrtc": "{}.{}".format(*compiler.nvrtc_version()),
-            "python": platform.python_version(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        }
-        for name, samples in seconds.items()
-    ]
-    print(f"{config.name}, NVRTC {rows[0]['nvrtc']}, {rows[0]['machine']}, median of {options.repeats}")
-    for row in rows:
-        target = f"   target under {row['target_s']} s" if row["target_s"] else ""
-        print(f"{row['figure']:8} {float(row['median_s']):7.3f} s{target}")
+    shape = options.head_dim, options.head_dim, options.mask, options.dtype, options.arch
+    configurations = {"many": configs.many_rows(*shape, False, False), "few": configs.few_rows(*shape, False)}
+    table = []
+    late = False
+    for kind in options.rows:
+        name = configurations[kind].name
+        arguments = kind, str(options.head_dim), options.mask, options.dtype, options.arch
+        seconds = measure_all(arguments, options.repeats)
+        print(f"{name}, median of {options.repeats}")
+        for figure, samples in seconds.items():
+            median, target = statistics.median(samples), TARGETS[figure]
+            late |= target is not None and median >= target
+            print(f"{figure:8} {median:7.3f} s" + (f"   target under {target} s" if target else ""), flush=True)
+            table.append(
+                {
+                    "kernel": name,
+                    "figure": figure,
+                    "median_s": f"{median:.4f}",
+                    "min_s": f"{min(samples):.4f}",
+                    "max_s": f"{max(samples):.4f}",
+                    "target_s": target or "",
+                    "repeats": options.repeats,
+                    "nvrtc": "{}.{}".format(*compiler.nvrtc_version()),
+                    "python": platform.python_version(),
+                    "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+                }
+            )
     if options.csv:
-        with options.csv.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-    return int(any(target and statistics.median(seconds[name]) >= target for name, target in TARGETS.items()))
+        write_csv(options.csv, table, list(table[0]))
+    return int(late)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,28 @@
 """torch on the device: the peers that cuattn is measured beside, and the answers that it is judged by."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from cuattn.testing.accuracy import ERROR_RATIO
 
 #: Name -> member of torch.nn.attention.SDPBackend.
-SDPA = {"flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION"}
+SDPA = {
+    "flash": "FLASH_ATTENTION",
+    "cudnn": "CUDNN_ATTENTION",
+    "efficient": "EFFICIENT_ATTENTION",
+    "math": "MATH",
+}
+#: The fastest ones that serve a dtype.
+FASTEST = {
+    "float16": ("flash", "cudnn"),
+    "bfloat16": ("flash", "cudnn"),
+    "float32": ("efficient", "math"),
+}
+#: One unit in the last place of numbers from 1 to 2.
+_UNIT = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23}
 #: Relative L2 error of rounding normal numbers to the dtype: no output can be asked to be better.
-ROUNDING = {"float16": 0.21 * 2.0**-10, "bfloat16": 0.21 * 2.0**-7}
+ROUNDING = {dtype: 0.21 * unit for dtype, unit in _UNIT.items()}
 #: Scores that the answers below hold at a time, in elements.
 _SCORES = 1 << 27
 
@@ -23,26 +36,47 @@ def only(name: str) -> Iterator[None]:
         yield
 
 
+def backend_of(provider: str) -> contextlib.AbstractContextManager[None]:
+    """`only` for a peer's name, nothing for another provider's."""
+    return only(provider) if provider in SDPA else contextlib.nullcontext()
+
+
 def sdpa(q: Any, k: Any, v: Any, mask: str) -> Any:
     """torch SDPA. Its causal mask is aligned top-left, so that only square problems mean the same as cuattn's."""
     import torch
 
     if mask == "causal" and q.shape[2] != k.shape[2]:
         raise ValueError(f"mask: got causal with {q.shape[2]} queries and {k.shape[2]} keys, expected as many of both")
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=mask == "causal")
+    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=mask == "causal", **grouped)
 
 
-def available(q: Any, k: Any, v: Any, mask: str, report: Callable[[str], None] = print) -> dict[str, Any]:
-    """Outputs of those peers that can compute this problem; for each other one a line to ``report`` says why."""
-    attempts = {name: _attempt(name, q, k, v, mask) for name in SDPA}
-    for name, attempt in attempts.items():
-        if isinstance(attempt, Exception):
-            reason = str(attempt).strip().partition("\n")[0]
-            report(f"without SDPA {name}: {type(attempt).__name__}: {reason}")
-    return {name: attempt for name, attempt in attempts.items() if not isinstance(attempt, Exception)}
+def available(
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: str,
+    report: Callable[[str], None] = print,
+    names: Iterable[str] | None = None,
+) -> dict[str, Any]:
+    """Outputs of those peers that can compute this problem; for each other one a line to ``report`` says why.
+
+    ``names`` are those to try, by default the fastest ones for q's dtype.
+    """
+    outputs, reasons = attempt(q, k, v, mask, names or FASTEST[str(q.dtype).removeprefix("torch.")])
+    for name, reason in reasons.items():
+        report(f"without SDPA {name}: {reason}")
+    return outputs
 
 
-def _attempt(name: str, q: Any, k: Any, v: Any, mask: str) -> Any:
+def attempt(q: Any, k: Any, v: Any, mask: str, names: Iterable[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """(outputs of the peers that can compute this problem, for each other one the reason)."""
+    results = {name: _attempt(q, k, v, mask, name) for name in names}
+    reasons = {name: first_line(error) for name, error in results.items() if isinstance(error, Exception)}
+    return {name: out for name, out in results.items() if name not in reasons}, reasons
+
+
+def _attempt(q: Any, k: Any, v: Any, mask: str, name: str) -> Any:
     """The peer's output, or the exception that it ran into."""
     import torch
 
@@ -56,8 +90,14 @@ def _attempt(name: str, q: Any, k: Any, v: Any, mask: str) -> Any:
     return out
 
 
+def first_line(error: Exception) -> str:
+    reason = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {reason}"
+
+
 def gold_and_unfused(q: Any, k: Any, v: Any, mask: str) -> tuple[Any, Any, Any]:
-    """(out and LSE in float64, out of the unfused peer in q's dtype) for q (B, H, Lq, D), k and v (B, H, Lk, D).
+    """(out and LSE in float64, out of the unfused peer in q's dtype) for q (B, Hq, Lq, D), k (B, Hkv, Lk, D) and v
+    (B, Hkv, Lk, Dv).
 
     The unfused peer is what a framework does without a fused kernel: scores and softmax in fp32, weights rounded to the
     dtype. The scores are computed in slices of the query rows. TF32 must be off, as it is by default in torch.
@@ -65,11 +105,12 @@ def gold_and_unfused(q: Any, k: Any, v: Any, mask: str) -> tuple[Any, Any, Any]:
     import torch
 
     batch, heads, rows, head_dim = q.shape
-    keys = k.shape[2]
+    kv_heads, keys = k.shape[1:3]
+    group = heads // kv_heads
     scale = head_dim**-0.5
-    gold = torch.empty(q.shape, dtype=torch.float64, device=q.device)
+    gold = torch.empty((*q.shape[:3], v.shape[3]), dtype=torch.float64, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float64, device=q.device)
-    unfused = torch.empty_like(q)
+    unfused = torch.empty_like(gold, dtype=q.dtype)
     step = max(1, _SCORES // (heads * keys))
     column = torch.arange(keys, device=q.device)
     for item in range(batch):
@@ -78,16 +119,19 @@ def gold_and_unfused(q: Any, k: Any, v: Any, mask: str) -> tuple[Any, Any, Any]:
             visible = torch.full((part.stop - first,), keys, device=q.device)
             if mask == "causal":
                 visible = torch.arange(first, part.stop, device=q.device) + keys - rows + 1
-            hidden = column >= visible[:, None]
+            hidden = column >= visible.repeat(group)[:, None]
+            # (Hkv, the rows of all heads that share a key head, D), and back
+            grouped = q[item, :, part].unflatten(0, (kv_heads, group)).flatten(1, 2)
+            ungrouped = (heads, part.stop - first)
             for dtype in (torch.float64, torch.float32):
-                query, key, value = q[item, :, part].to(dtype), k[item].to(dtype), v[item].to(dtype)
+                query, key, value = grouped.to(dtype), k[item].to(dtype), v[item].to(dtype)
                 scores = (scale * (query @ key.mT)).masked_fill_(hidden, -torch.inf)
                 if dtype == torch.float64:
-                    lse[item, :, part] = scores.logsumexp(-1)
-                    gold[item, :, part] = scores.softmax(-1) @ value
+                    lse[item, :, part] = scores.logsumexp(-1).reshape(ungrouped)
+                    gold[item, :, part] = (scores.softmax(-1) @ value).reshape(*ungrouped, -1)
                 else:
                     weights = scores.softmax(-1).to(q.dtype).to(dtype)
-                    unfused[item, :, part] = (weights @ value).to(q.dtype)
+                    unfused[item, :, part] = (weights @ value).to(q.dtype).reshape(*ungrouped, -1)
                 del scores
     return gold, lse, unfused
 
@@ -107,16 +151,17 @@ def why_inaccurate(out: Any, gold: Any, references: dict[str, Any], dtype: str) 
     error, allowed = relative_error(out, gold), ERROR_RATIO * max(worst, ROUNDING[dtype])
     if not error <= allowed:
         return f"relative L2 error {error:.3g}, allowed {allowed:.3g}"
-    unit = 2.0 ** (-7 if dtype == "bfloat16" else -10) * float(gold.abs().max())
+    unit = _UNIT[dtype] * float(gold.abs().max())
     element = largest_error(out, gold)
     allowed = 2 * max(largest_error(reference, gold) for reference in references.values()) + unit
     return None if element <= allowed else f"an element is off by {element:.3g}, allowed {allowed:.3g}"
 
 
 def why_not_invariant(attention: Callable[..., Any], q: Any, k: Any, v: Any, mask: str, out: Any) -> str | None:
-    """None if parts of the problem computed alone have the bits that they have in ``out``, the result of the whole."""
-    import torch
+    """None if parts of the problem computed alone have the bits that they have in ``out``, the result of the whole.
 
+    The problem has as many key heads as query heads.
+    """
     middle = q.shape[2] // 2
     whole = slice(None)
     cuts: dict[str, tuple[slice, slice, slice]] = {
@@ -128,6 +173,14 @@ def why_not_invariant(attention: Callable[..., Any], q: Any, k: Any, v: Any, mas
     }
     for name, (items, heads, rows) in cuts.items():
         alone = attention(q[items, heads, rows], k[items, heads], v[items, heads], mask)
-        if not torch.equal(alone.view(torch.int16), out[items, heads, rows].contiguous().view(torch.int16)):
+        if not same_bits(alone, out[items, heads, rows]):
             return f"other bits for {name}"
     return None
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    """Whether two tensors of one dtype have the same shape and bits."""
+    import torch
+
+    word = {2: torch.int16, 4: torch.int32}[a.itemsize]
+    return bool(torch.equal(a.contiguous().view(word), b.contiguous().view(word)))

@@ -1,7 +1,9 @@
-"""Small problems for compute-sanitizer: every kernel, ragged lengths, strides, grouped heads, NaN in the values.
+"""Small problems for compute-sanitizer: every kernel and public function, ragged lengths, strides, NaN in the values.
 
     compute-sanitizer --tool memcheck --padding 4096 --error-exitcode 99 python3 bench/sanitize.py
-    compute-sanitizer --tool racecheck --error-exitcode 99 python3 bench/sanitize.py --plant barrier
+    compute-sanitizer --tool racecheck --error-exitcode 99 python3 bench/sanitize.py --plant barrier --call
+
+The kernel for many rows is tried on a grid of problems, for each --head-dim; the others by the calls of bench/calls.py.
 
 Each array is an allocation of its own, since a pool would hide what lies behind its end; --padding keeps the next one
 away. --plant puts a bug into a copy of the kernels, which the tool has to find: where it does not, its silence about
@@ -12,8 +14,10 @@ import argparse
 import contextlib
 import itertools
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
+from calls import CALLS, Call, append
 from common import Substitution, changed_kernels
 
 import cuattn
@@ -22,24 +26,37 @@ from cuattn.testing import Case, CupyLibrary, make_inputs
 from cuattn.testing.subject import contiguous, padded, rows_first
 
 PLANTS: dict[str, Substitution] = {
-    # for memcheck: rows behind the end of the output are written, rows behind the end of q, k and v are read
+    # for memcheck: rows behind the end of the output are written, rows behind the end of q, k and v are read, new keys
+    # are written behind the end of a cache
     "write": (
         "attn/epilogue.cuh",
         "        if (row < valid) {\n            ptx::store_global_u32x4",
         "        if (true) {\n            ptx::store_global_u32x4",
     ),
     "read": ("ptx/cp_async.cuh", '"r"(valid ? 16 : 0)', '"r"(16)'),
-    # for racecheck: two warps use the same memory, tiles are read before all of their copies have landed
+    "append": ("append_kv.cuh", "length < params.key_length - (source - first);", "true;"),
+    # for racecheck: two warps use the same memory, tiles are read before all of their copies have landed, counts before
+    # they are there
     "overlap": (
         "forward_sm80.cuh",
         "ptx::shared_address(shared.rows[warp])",
         "ptx::shared_address(shared.rows[warp / 2])",
     ),
     "barrier": ("forward_sm80.cuh", "__syncthreads();  // this step's tile", "// this step's tile"),
+    "columns": (
+        "forward_columns.cuh",
+        "ptx::cp_async_wait<lookahead - 1>();\n        __syncthreads();",
+        "ptx::cp_async_wait<lookahead - 1>();\n        // a barrier",
+    ),
+    "scan": ("scan_mask.cuh", "        __syncthreads();", "        // a barrier"),
 }
-#: (heads, kv_heads, len_q, len_k); the third crosses the end of the first chunk.
-SHAPES = ((1, 1, 1, 1), (4, 2, 113, 203), (1, 1, 33, 530), (1, 1, 70, 3))
+#: Those that the kernel for many rows serves.
+DTYPES = ("float16", "bfloat16")
+#: (heads, kv_heads, len_q, len_k), all of them many rows; the third crosses the end of the first chunk.
+SHAPES = ((1, 1, 65, 1), (4, 2, 113, 203), (1, 1, 133, 530), (1, 1, 70, 3))
 PLACES = (contiguous, padded, rows_first)
+#: Also a call that the emulator refuses: the last new keys have no place in the cache, and are not written.
+ALL_CALLS: dict[str, Call] = {**CALLS, "append beyond": partial(append, lengths=(0, 77, 298))}
 
 
 def run(case: Case) -> None:
@@ -61,7 +78,8 @@ def run(case: Case) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plant", choices=PLANTS, help="a bug to put into the kernels")
-    parser.add_argument("--head-dim", type=int, nargs="+", choices=configs.HEAD_DIMS, default=[24, 64, 72, 128])
+    parser.add_argument("--head-dim", type=int, nargs="*", metavar="D", default=[24, 64, 72, 128], help="of the grid")
+    parser.add_argument("--call", nargs="*", metavar="CALL", default=list(ALL_CALLS), help="; ".join(ALL_CALLS))
     options = parser.parse_args()
 
     import cupy
@@ -70,9 +88,13 @@ def main() -> None:
     kernels = changed_kernels([PLANTS[options.plant]]) if options.plant else contextlib.nullcontext()
     count = 0
     with kernels:
-        for head_dim, mask, dtype, shape in itertools.product(options.head_dim, configs.MASKS, configs.DTYPES, SHAPES):
+        for head_dim, mask, dtype, shape in itertools.product(options.head_dim, configs.MASKS, DTYPES, SHAPES):
             heads, kv_heads, len_q, len_k = shape
             run(Case(len_q, len_k, mask, dtype, head_dim, 2, heads, kv_heads))
+            count += 1
+        for name in options.call:
+            ALL_CALLS[name](CupyLibrary())
+            cupy.cuda.Device().synchronize()
             count += 1
     print(f"{count} problems, planted bug: {options.plant or 'none'}")
 

@@ -190,6 +190,7 @@ class _Attend:
         self.tables = tables
         self.outputs = {"out": out, "lse": lse} if out and lse else {}
         self.key_length = problem.key_length if total_keys is None else total_keys
+        self.paged = problem.paged or bool(tables)
         self.packed = problem.sequences is not None and problem.sequences.query_starts is not None
         factor, negate = contract.softmax_factor(problem.scale)
         key, value = problem.key, problem.value
@@ -218,8 +219,7 @@ class _Attend:
         problem = self.problem
         sequences = problem.sequences
         shape = (problem.head_dim, problem.value_dim, problem.mask, problem.query.dtype, self.target.arch)
-        paged = problem.paged or bool(self.tables)
-        config = configs.many_rows(*shape, sequences is not None or paged, paged)
+        config = configs.many_rows(*shape, sequences is not None or self.paged, self.paged)
         self.params.sequences.few_rows = few_rows
         if isinstance(config, ForwardConfig):
             self.params.query_tiles = self._tiles(config.query_tile, 1)
@@ -244,6 +244,12 @@ class _Attend:
         blocks = min(blocks, groups * chunks, LARGEST_GRID)
         self.params.query_tiles = tiles
         self.params.sequences.few_rows = few_rows
+        key_tiles = max(1, -(-self.key_length // config.key_tile))
+        if groups * key_tiles > LARGEST_GRID:
+            raise ValueError(
+                f"q: got {groups * key_tiles} tiles of {config.row_tile} rows and {config.key_tile} keys, expected at "
+                f"most {LARGEST_GRID} where few rows or num_splits are given"
+            )
         if blocks == 0:
             return []
         rows = config.row_tile if self.packed else min(config.row_tile, problem.query_length * problem.group)
@@ -277,7 +283,7 @@ class _Attend:
 
     def _few_rows_config(self) -> ColumnsConfig:
         p = self.problem
-        return configs.few_rows(p.head_dim, p.value_dim, p.mask, p.query.dtype, self.target.arch)
+        return configs.few_rows(p.head_dim, p.value_dim, p.mask, p.query.dtype, self.target.arch, self.paged)
 
     def _tiles(self, tile_rows: int, token_rows: int) -> int:
         """Tiles of a head and batch entry; of packed sequences as many as they could need, for lengths are not known

@@ -62,8 +62,12 @@ extern "C" __global__ void __launch_bounds__(config::threads) combine(const __gr
     const ForwardParams& forward = params.forward;
     const Partials& partials = params.partials;
     const int column = 4 * threadIdx.x;
+    Fold fold = {no_reference, 0.0f, make_float4(0.0f, 0.0f, 0.0f, 0.0f)};
+    if (params.load_carried) {
+        fold = Fold::load(params.carried, blockIdx.x, min(column, value_dim - 4));
+        __syncthreads();  // all have read the row's reference and sum before one writes them
+    }
     if (column >= value_dim) return;
-    Fold fold;
     i64 out_start, lse_index;
     if (partials.groups) {
         const int slot = static_cast<int>(blockIdx.x / partials.rows),
@@ -81,8 +85,6 @@ extern "C" __global__ void __launch_bounds__(config::threads) combine(const __gr
         lse_index = packed.index(forward, batch, start);
     } else {
         const i64 row = blockIdx.x;
-        fold = {no_reference, 0.0f, make_float4(0.0f, 0.0f, 0.0f, 0.0f)};
-        if (params.load_carried) fold = Fold::load(params.carried, row, column);
         add_chunks(fold, partials, row, 0, partials.chunks, partials.rows, column);
         if (params.store_carried) {
             float* const to = params.carried.out + row * value_dim + column;

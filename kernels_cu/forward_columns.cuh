@@ -11,6 +11,7 @@
 #include <attn/chunks.cuh>
 #include <attn/params.cuh>
 #include <attn/place.cuh>
+#include <attn/places.cuh>
 #include <attn/products.cuh>
 #include <attn/products_fp32.cuh>
 #include <attn/results.cuh>
@@ -34,6 +35,7 @@ constexpr int parts = key_tile / slot_keys;           // slots of a tile
 constexpr int least_keys = config::float32 ? 8 : 16;  // whose scores a warp can compute
 constexpr int score_warps = slot_keys / least_keys < column_warps ? slot_keys / least_keys : column_warps;
 constexpr int warp_keys = slot_keys / score_warps;
+constexpr int tile_steps = 2 * parts;                        // the slots of a tile's keys, then those of its values
 constexpr int warp_columns = value_tile_dim / column_warps;  // of the output
 
 static_assert(config::contract_version == 1, "this file implements version 1 of docs/numerics.md");
@@ -67,7 +69,10 @@ using Merged = MergedChunks<warp_columns / 8>;
 
 constexpr int slot_bytes = slot_keys * (tile_dim > value_tile_dim ? KeyTile::row_bytes : ValueTile::row_bytes);
 
-struct SharedMemory {
+using Keys = KeyRows<Element, config::paged, KeySequence, config::place_tiles, key_tile>;
+static_assert(config::place_tiles > lookahead / tile_steps);
+
+struct SharedMemory : Keys::Tables {
     alignas(1024) unsigned char ring[ring_slots][slot_bytes];
     unsigned char query[tile_rows * KeyTile::row_bytes];
     unsigned char scores[tile_rows * Scores::row_bytes];
@@ -101,10 +106,11 @@ class BlockRows {
         const int end_tile =
             min(tiles_until(work.first_row + tile_rows), config::chunk_start(work.end_chunk) / key_tile);
         const int warp_tiles = warp.existing > 0 ? tiles_until(warp.first_row + 16) : 0;
-        const int first_token = warp.first_row / params.group;
+        const int seen_by_all = work.sequence.visible_keys(warp.first_row / params.group);  // keys, of the warp's rows
 
         __syncthreads();  // the block's earlier rows have been read by all
-        start(work, rows, first_tile, end_tile);
+        const Keys keys(params, work.sequence, work.key_head, shared_);
+        start(work, keys, rows, first_tile, end_tile);
         typename KeyProducts::Query query;
         KeyProducts::load_query(query, ptx::shared_address(shared_.query) + 16 * row_warp_ * KeyTile::row_bytes, lane_);
 
@@ -120,7 +126,7 @@ class BlockRows {
             const int chunk_tiles = min(config::chunk_start(chunk + 1) / key_tile, end_tile);
 #pragma unroll 1
             for (; tile < chunk_tiles; ++tile) {
-                add_tile(work, query, out, statistics, tile, first_token, tile < warp_tiles);
+                add_tile(work, keys, query, out, statistics, tile, seen_by_all, tile < warp_tiles);
             }
             if (folds) {
                 merged_.fold(out, statistics, chunk == 0);
@@ -143,9 +149,8 @@ class BlockRows {
     __device__ __forceinline__ bool to_caller() const { return params_.partials.out && !params_.partials.groups; }
 
   private:
-    // Starts the copies of the rows and of the first tiles, and waits for the rows. A step is one slot of keys or values;
-    // a tile's are those of its keys, then those of its values.
-    __device__ __forceinline__ void start(const Work& work, int rows, int first_tile, int end_tile) {
+    // Starts the copies of the rows and of the first tiles, and waits for the rows.
+    __device__ __forceinline__ void start(const Work& work, const Keys& keys, int rows, int first_tile, int end_tile) {
         const ForwardParams& params = params_.forward;
         const auto* const queries = static_cast<const Element*>(params.query);
         KeyTile::template load<head_dim, tile_rows, threads>(
@@ -155,57 +160,58 @@ class BlockRows {
                        packed.offset(params.query_strides, work.sequence.query_batch, work.sequence.query_start);
             });
         ptx::cp_async_commit();
-        step_ = 0;
-        first_slot_key_ = first_tile * key_tile;
-        steps_ = max(0, end_tile - first_tile) * 2 * parts;
-        for (int step = 0; step < lookahead; ++step) load(work, step);
+        end_tile_ = end_tile;
+        next_page_ = keys.look_up(first_tile + lookahead / tile_steps + 1);
+        read_slot_ = write_slot_ = 0;
+        if constexpr (config::paged) {
+            for (int tile = 0; tile <= lookahead / tile_steps; ++tile)
+                keys.fill(first_tile + tile, keys.look_up(first_tile + tile));
+            __syncthreads();
+        }
+#pragma unroll
+        for (int step = 0; step < lookahead; ++step) load(keys, first_tile + step / tile_steps, step % tile_steps);
         ptx::cp_async_wait<lookahead>();
         __syncthreads();
     }
 
-    __device__ __forceinline__ void load(const Work& work, int step) {
-        if (step < steps_) {
-            const int tile = step / (2 * parts), part = step % parts;
-            const int first_key = first_slot_key_ + tile * key_tile + part * slot_keys;
-            const u32 slot = ptx::shared_address(shared_.ring[step % ring_slots]);
-            const ForwardParams& params = params_.forward;
-            const KeySequence& sequence = work.sequence;
-            const auto row_of = [&](const void* data, const Strides& strides) {
-                const auto* const head =
-                    sequence.start_of(static_cast<const Element*>(data), strides, sequence.key_batch, work.key_head);
-                return [&, head](int row) {
-                    return head + sequence.key_offset(params.sequences, strides, first_key + row);
-                };
-            };
-            const int valid = sequence.key_length - first_key;
-            if (step % (2 * parts) < parts) {
-                KeyTile::template load<head_dim, slot_keys, threads>(slot, valid, threadIdx.x,
-                                                                     row_of(params.key, params.key_strides));
+    // Starts the copy of step `step` of tile `tile`: a slot of its keys, or of its values. A group of copies for every
+    // step, empty behind the end.
+    __device__ __forceinline__ void load(const Keys& keys, int tile, int step) {
+        if (tile < end_tile_) {
+            const int first = step % parts * slot_keys;
+            const u32 slot = ptx::shared_address(shared_.ring[write_slot_]);
+            if (step < parts) {
+                keys.template load<KeyTile, false, head_dim, slot_keys, threads>(slot, tile, first);
             } else {
-                ValueTile::template load<value_dim, slot_keys, threads>(slot, valid, threadIdx.x,
-                                                                        row_of(params.value, params.value_strides));
+                keys.template load<ValueTile, true, value_dim, slot_keys, threads>(slot, tile, first);
             }
         }
+        write_slot_ = write_slot_ + 1 == ring_slots ? 0 : write_slot_ + 1;
         ptx::cp_async_commit();
     }
 
-    // To the next step: its slot is there for all, and the slot that is loaded next has been read by all. Returns the
-    // shared address of the slot.
-    __device__ __forceinline__ u32 advance(const Work& work) {
+    // To step `step` of tile `tile`: its slot is there for all, and the slot that is loaded next has been read by all.
+    // Returns the slot's shared address.
+    __device__ __forceinline__ u32 advance(const Keys& keys, int tile, int step) {
         ptx::cp_async_wait<lookahead - 1>();
         __syncthreads();
-        load(work, step_ + lookahead);
-        return ptx::shared_address(shared_.ring[step_++ % ring_slots]);
+        const int ahead = step + lookahead, next = ahead + 1;
+        load(keys, tile + ahead / tile_steps, ahead % tile_steps);
+        if (config::paged && next % tile_steps == 0) keys.fill(tile + next / tile_steps, next_page_);
+        if (config::paged && next % tile_steps == 1) next_page_ = keys.look_up(tile + next / tile_steps + 1);
+        const u32 slot = ptx::shared_address(shared_.ring[read_slot_]);
+        read_slot_ = read_slot_ + 1 == ring_slots ? 0 : read_slot_ + 1;
+        return slot;
     }
 
     // Online softmax over one tile. `visible`: whether the warp's rows see any of it.
-    __device__ __forceinline__ void add_tile(const Work& work, typename KeyProducts::Query& query,
+    __device__ __forceinline__ void add_tile(const Work& work, const Keys& keys, typename KeyProducts::Query& query,
                                              float (&out)[warp_columns / 8][4], RowStatistics& statistics, int tile,
-                                             int first_token, bool visible) {
+                                             int seen_by_all, bool visible) {
         const ForwardParams& params = params_.forward;
 #pragma unroll
         for (int part = 0; part < parts; ++part) {
-            const u32 slot = advance(work);
+            const u32 slot = advance(keys, tile, part);
             if (!visible || column_warp_ >= score_warps) continue;
             float score[warp_keys / 8][4];
             KeyProducts::multiply_keys(score, query, slot + column_warp_ * warp_keys * KeyTile::row_bytes, lane_);
@@ -221,11 +227,11 @@ class BlockRows {
         float weight[key_tile / 8][4];
 #pragma unroll
         for (int part = 0; part < parts; ++part) {
-            const u32 slot = advance(work);
+            const u32 slot = advance(keys, tile, parts + part);
             if (!visible) continue;
             if (part == 0) {
                 scores_.load(weight);
-                weigh(work, weight, out, statistics, tile * key_tile, first_token);
+                weigh(work, weight, out, statistics, tile * key_tile, seen_by_all);
             }
             ValueProducts::multiply_values(out, weight, slot, lane_, part * slot_keys / 8, column_warp_ * warp_columns);
         }
@@ -234,8 +240,8 @@ class BlockRows {
     // From scores to weights, with what was accumulated brought under the new reference.
     __device__ __forceinline__ void weigh(const Work& work, float (&score)[key_tile / 8][4],
                                           float (&out)[warp_columns / 8][4], RowStatistics& statistics, int first_key,
-                                          int first_token) const {
-        if (first_key + key_tile > work.sequence.visible_keys(first_token)) {
+                                          int seen_by_all) const {
+        if (first_key + key_tile > seen_by_all) {
             const int row = work.first_row + 16 * row_warp_ + lane_ / 4, group = params_.forward.group;
             mask_scores(score,
                         {work.sequence.visible_keys(row / group) - first_key,
@@ -256,7 +262,8 @@ class BlockRows {
     const int lane_, row_warp_, column_warp_;
     const Scores scores_;
     const Merged merged_;
-    int step_, steps_, first_slot_key_;
+    int end_tile_, read_slot_, write_slot_;
+    int next_page_;  // asked for a tile's steps ahead of its places
 };
 
 extern "C" __global__ void __launch_bounds__(threads, config::blocks_per_multiprocessor)
@@ -281,8 +288,8 @@ extern "C" __global__ void __launch_bounds__(threads, config::blocks_per_multipr
         }
     } else {
         const ForwardParams& forward = params.forward;
-        const Place<tile_rows, config::causal, true, true> place(forward, forward.query_heads / forward.group,
-                                                                 forward.group, lane);
+        const Place<tile_rows, config::causal, true, config::paged> place(forward, forward.query_heads / forward.group,
+                                                                          forward.group, lane);
         if (!place.has_rows(forward.group) || i64(place.query_length) * forward.group <= forward.sequences.few_rows)
             return;
         work.sequence = place;

@@ -11,6 +11,7 @@
 #include <attn/epilogue.cuh>
 #include <attn/params.cuh>
 #include <attn/place.cuh>
+#include <attn/places.cuh>
 #include <attn/products.cuh>
 #include <attn/softmax.cuh>
 #include <attn/tile.cuh>
@@ -39,7 +40,9 @@ using KeyTile = Tile<tile_dim>;
 using Products = MmaProducts<columns, tile_dim, key_tile, config::bfloat16>;
 using Merged = MergedChunks<columns / 8>;
 
-struct SharedMemory {
+using Keys = KeyRows<u16, config::paged, BlockPlace, 2, key_tile>;
+
+struct SharedMemory : Keys::Tables {
     alignas(1024) u16 ring[ring_slots][key_tile * tile_dim];
     // of each warp: first its query rows, then its merged chunks, then its rows on their way out
     unsigned char rows[warps][MergedChunks<tile_dim / 8>::bytes_per_warp];
@@ -61,21 +64,16 @@ extern "C" __global__ void __launch_bounds__(threads, config::blocks_per_multipr
     const int block_tiles = tiles_until(place.first_row + query_tile);
     const int warp_tiles = warp_row < place.query_length ? tiles_until(warp_row + 16) : 0;
 
-    const int key_head = place.head / params.group;
-    const u16* const keys =
-        place.start_of(static_cast<const u16*>(params.key), params.key_strides, place.key_batch, key_head);
-    const u16* const values =
-        place.start_of(static_cast<const u16*>(params.value), params.value_strides, place.key_batch, key_head);
+    const Keys keys(params, place, place.head / params.group, shared);
     const auto ring_slot = [&](int step) { return ptx::shared_address(shared.ring[step % ring_slots]); };
     // Step 2 j loads key tile j, step 2 j + 1 value tile j; one group of copies a step, empty behind the end.
     const auto load = [&](int step) {
         if (step < 2 * block_tiles) {
-            const int first_key = step / 2 * key_tile;
-            const Strides& strides = step % 2 == 0 ? params.key_strides : params.value_strides;
-            const u16* const from = step % 2 == 0 ? keys : values;
-            KeyTile::load<head_dim, key_tile, threads>(
-                ring_slot(step), place.key_length - first_key, threadIdx.x,
-                [&](int row) { return from + place.key_offset(params.sequences, strides, first_key + row); });
+            if (step % 2 == 0) {
+                keys.template load<KeyTile, false, head_dim, key_tile, threads>(ring_slot(step), step / 2, 0);
+            } else {
+                keys.template load<KeyTile, true, head_dim, key_tile, threads>(ring_slot(step), step / 2, 0);
+            }
         }
         ptx::cp_async_commit();
     };
@@ -86,6 +84,10 @@ extern "C" __global__ void __launch_bounds__(threads, config::blocks_per_multipr
     KeyTile::load<head_dim, 16, 32>(warp_memory, place.query_length - warp_row, lane,
                                     [&](int row) { return queries + row * params.query_strides.token; });
     ptx::cp_async_commit();
+    if constexpr (config::paged) {
+        for (int tile = 0; tile <= lookahead / 2; ++tile) keys.fill(tile, keys.look_up(tile));
+        __syncthreads();
+    }
     for (int step = 0; step < lookahead; ++step) load(step);
 
     Products::Query query;
@@ -102,12 +104,23 @@ extern "C" __global__ void __launch_bounds__(threads, config::blocks_per_multipr
     int chunk_end = config::chunk_length(0);
     const auto first_chunk = [&] { return chunk_end == config::chunk_length(0); };
 
+    // Of a tile's keys, the pages are asked for two steps, and the places written down one step, before the first copy.
+    int next_page = keys.look_up((lookahead + 1) / 2);
+    const int seen_by_all = place.visible_keys(warp_row);  // of the warp's rows; paged: read from memory
     const int warp_lag = warp < warps / 2 ? 0 : lag;
 #pragma unroll 1
     for (int block_step = 0; block_step < 2 * block_tiles + lag; ++block_step) {
         ptx::cp_async_wait<lookahead - 1>();
         __syncthreads();  // this step's tile is there for all; the slot that is loaded next has been read by all
         load(block_step + lookahead);
+        if (config::paged) {
+            const int next = block_step + lookahead + 1;
+            if (next % 2 == 0) {
+                keys.fill(next / 2, next_page);
+            } else {
+                next_page = keys.look_up((next + 1) / 2);
+            }
+        }
 
         const int step = block_step - warp_lag, tile = step / 2, first_key = tile * key_tile;
         if (step < 0 || tile >= warp_tiles) continue;
@@ -123,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(threads, config::blocks_per_multipr
                 for (int c = 0; c < 4; ++c) score[b][c] = -score[b][c];
             }
         }
-        if (first_key + key_tile > place.visible_keys(warp_row)) {
+        if (first_key + key_tile > (config::paged ? seen_by_all : place.visible_keys(warp_row))) {
             const int row = warp_row + lane / 4;
             mask_scores(score, {place.visible_keys(row) - first_key, place.visible_keys(row + 8) - first_key}, lane);
         }

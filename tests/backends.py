@@ -30,9 +30,19 @@ def on_backend(function: Callable[..., Any], backend: tuple[str, str | None]) ->
 
 
 def attention_on(backend: tuple[str, str | None]) -> Operation:
-    """`cuattn.attention` and, with cu_seqlens_q and cu_seqlens_k, `cuattn.attention_varlen` on one backend."""
-    attention, varlen = (on_backend(f, backend) for f in (cuattn.attention, cuattn.attention_varlen))
-    return cuattn.testing.with_packed(attention, varlen)
+    """All ways to ask cuattn for attention, with the keywords of `cuattn.testing`, on one backend."""
+    dense, varlen, kvcache, partials, combine = (
+        on_backend(function, backend)
+        for function in (
+            cuattn.attention,
+            cuattn.attention_varlen,
+            cuattn.attention_kvcache,
+            cuattn.attention_partials,
+            cuattn.combine,
+        )
+    )
+    attention = cuattn.testing.with_cache(cuattn.testing.with_packed(dense, varlen), kvcache)
+    return cuattn.testing.with_shards(attention, partials, combine, cuattn.chunk_starts)
 
 
 def backend_params(*backends: tuple[str, str | None]) -> list[Any]:

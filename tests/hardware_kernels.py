@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cuattn import emulator, env
-from cuattn.config import Constants, KernelConfig
+from cuattn.config import KernelConfig
+from cuattn.config.base import Constants
 from cuattn.emulator import build
 from cuattn.interop import import_tensor
 from cuattn.jit.compiler import compile_cubin

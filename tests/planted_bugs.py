@@ -1,65 +1,8 @@
-"""Small emulated problems, and changes of the kernels that make them wrong."""
+"""Changes of the kernels that make small emulated problems wrong."""
 
-from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
-import torch
-from small_kernels import TARGET, cache, random_mask, scan
-
-from cuattn import emulator
-from cuattn.checks import check_attention
-from cuattn.interop import Tensor, import_tensor
-from cuattn.schedule import plan_forward
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One head's attention of seeded random bf16 tensors, and who computes it."""
-
-    len_q: int = 72
-    len_k: int = 300
-    head_dim: int = 64
-    mask: str = "full"
-    arch: str = "sm_80"
-    infinite: bool = False  # a value that the first three causal rows do not see is infinite
-    row_stride: int = 1  # rows of the output are this many rows apart
-
-    def inputs(self) -> list[torch.Tensor]:
-        random = torch.Generator().manual_seed(self.len_q + self.len_k)
-        lengths = (self.len_q, self.len_k, self.len_k)
-        q, k, v = (torch.randn(1, 1, n, self.head_dim, generator=random).to(torch.bfloat16) for n in lengths)
-        if self.infinite:
-            v[:, :, self.len_k - self.len_q + 3] = torch.inf
-        return [q, k, v]
-
-    def run(self, schedule: str = "ascending", seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-        """(output, lse) of the emulated kernel, its fibers run in that order."""
-        tensors = self.inputs()
-        problem = check_attention(*tensors, self.mask, None, None, "bhsd", None)
-        spread = torch.full((1, 1, self.len_q, self.row_stride, self.head_dim), torch.nan, dtype=torch.bfloat16)
-        out, lse = spread[:, :, :, 0], torch.full((1, 1, self.len_q), torch.nan)
-        outputs = {"out": import_tensor(out, "out"), "lse": import_tensor(lse, "lse")}
-        launches = plan_forward(problem, **outputs, target=replace(TARGET, arch=self.arch), allocate=no_workspace)
-        emulator.run(launches, schedule, seed)
-        return out.contiguous(), lse
-
-
-def no_workspace(shape: tuple[int, ...], dtype: str) -> Tensor:
-    raise AssertionError(f"the kernel for many rows asks for {shape} of {dtype}")
-
-
-class Appending:
-    """New keys and values in pages of a cache and beyond its capacity."""
-
-    def run(self, schedule: str = "ascending", seed: int = 1) -> None:
-        cache([3, 46, 94], 4, capacity=96, page_size=16).append(schedule, seed)
-
-
-class Scanning:
-    """A mask of several of the block's tiles."""
-
-    def run(self, schedule: str = "ascending", seed: int = 1) -> None:
-        scan(random_mask(9000, batch=1), schedule, seed)
+from planted_problems import Appending, FewRows, ManyRows, Scanning
 
 
 class Runnable(Protocol):
@@ -67,19 +10,21 @@ class Runnable(Protocol):
 
 
 class Bug(NamedTuple):
-    """One change of one file of the kernels, and a pattern of what the emulator says about it."""
+    """One change of one file of the kernels, and a pattern of what the emulator says about it; None: only bits tell."""
 
     file: str
     old: str
     new: str
-    error: str
-    problem: Runnable = Problem()
+    error: str | None
+    problem: Runnable = ManyRows()
 
 
 FORWARD, EPILOGUE, SOFTMAX = "forward_sm80.cuh", "attn/epilogue.cuh", "attn/softmax.cuh"
+COLUMNS, COMBINE, WORK = "forward_columns.cuh", "combine.cuh", "attn/work.cuh"
 APPEND, SCAN = "append_kv.cuh", "scan_mask.cuh"
 STORE_ROW = "ptx::store_global_u32x4(row_out + row * stride + unit * 8,"
 KERNEL_START = "SharedMemory& shared = *static_cast<SharedMemory*>(ptx::dynamic_shared());"
+STORE_PAIR = "                store_pair<float32, bfloat16>(params.out, start + column"
 UNORDERED = "race with a (read|write) by thread|never written|a copy to there has not been waited for"
 BUGS = {
     "no barrier in the main loop": Bug(FORWARD, "        __syncthreads();  // this step's tile", "//", UNORDERED),
@@ -97,7 +42,7 @@ BUGS = {
         "__syncwarp();  // the four lanes",
         "//",
         "shared (load|store) .* race with a (read|write) by thread",
-        Problem(len_k=1200),
+        ManyRows(len_k=1200),
     ),
     "waits for too few copies": Bug(
         FORWARD, "cp_async_wait<lookahead - 1>", "cp_async_wait<lookahead>", "a copy to there has not been waited for"
@@ -152,7 +97,7 @@ BUGS = {
         STORE_ROW,
         f"if (row == 3) ptx::store_global_u32x4(row_out + row * stride + 64 + unit * 8, uint4{{}});\n{STORE_ROW}",
         r"^out: 640 bytes between its elements were written",
-        Problem(row_stride=2),
+        ManyRows(row_stride=2),
     ),
     "a collective without half of its lanes": Bug(
         SOFTMAX,
@@ -202,5 +147,80 @@ BUGS = {
     "no barrier among the warps that count": Bug(SCAN, "__syncthreads();", "", UNORDERED, Scanning()),
     "counts that are overwritten too early": Bug(
         SCAN, "buffer ^= 1", "buffer ^= 0", "shared (load|store) .* race with a (read|write) by thread", Scanning()
+    ),
+    "no barrier between a block's groups": Bug(
+        COLUMNS,
+        "__syncthreads();  // the block's earlier rows",
+        "//",
+        UNORDERED,
+        FewRows(batch=4, len_k=100),
+    ),
+    "no barrier among the warps that share rows": Bug(
+        COLUMNS,
+        "ptx::cp_async_wait<lookahead - 1>();\n        __syncthreads();",
+        "ptx::cp_async_wait<lookahead - 1>();",
+        UNORDERED,
+        FewRows(),
+    ),
+    "a fold that starts in the middle": Bug(
+        COLUMNS, "work.first_chunk == 0 && !to_caller()", "!to_caller()", "never written", FewRows()
+    ),
+    "partial sums of single lanes": Bug(
+        COLUMNS, "statistics.sum[0] = quad_sum(statistics.sum[0]);", "", None, FewRows()
+    ),
+    "a group that nobody merges": Bug(
+        COLUMNS, "goes_on ? work.chunks : 0", "0", r"^out: \d+ elements were not written", FewRows()
+    ),
+    "keys that a row does not see": Bug(
+        COLUMNS,
+        "first_key + key_tile > work.sequence.visible_keys(first_token)",
+        "false",
+        None,
+        FewRows(len_q=9, len_k=100),
+    ),
+    "partial results in another block's place": Bug(
+        WORK,
+        ": range_of(group_item)",
+        ": int(blockIdx.x)",
+        "has not been written there",
+        FewRows(batch=4, len_q=1),
+    ),
+    "columns behind the values": Bug(
+        "attn/results.cuh",
+        f"if (column < value_dim) {{\n{STORE_PAIR}",
+        f"if (column < value_dim + 8) {{\n{STORE_PAIR}",
+        "global store .* (outside of every tensor|out has been written there before)",
+        FewRows(len_k=100, value_dim=24, dtype="float32"),
+    ),
+    "rows that neither kernel takes": Bug(
+        WORK,
+        "rows <= params.forward.sequences.few_rows",
+        "rows < params.forward.sequences.few_rows",
+        r"^out: \d+ elements were not written",
+        FewRows(batch=2, len_q=72, len_k=200, starts=(0, 32, 72)),
+    ),
+    "a page that does not exist": Bug(
+        "attn/sequence.cuh",
+        ", sequences.page_count - 1u)",
+        ", ~0u)",
+        r"cp\.async of 16 bytes .* outside of every tensor",
+        FewRows(page_size=16, wrong_page=True),
+    ),
+    "places of one tile alone": Bug(
+        "attn/places.cuh",
+        "tables_ + (tile % tiles * key_tile + threadIdx.x) * 4",
+        "tables_ + threadIdx.x * 4",
+        UNORDERED,
+        FewRows(page_size=16),
+    ),
+    "a merge that starts one chunk late": Bug(
+        COMBINE, "number(group->folded_chunks), chunks", "number(group->folded_chunks) + 1, chunks", None, FewRows()
+    ),
+    "keys that do not exist": Bug(
+        SCAN,
+        "mask + key * params.token_stride) != 0",
+        "mask + key * params.token_stride) < 2",
+        None,
+        FewRows(padded=True),
     ),
 }

@@ -16,13 +16,17 @@ import cuattn
 from cuattn import env
 from cuattn.cli import check, libraries, machine, main
 from cuattn.cli.report import PlainReporter, Reporter, RichReporter, Table, counted, make_reporter
-from cuattn.config import select_config
+from cuattn.config import ForwardConfig
 from cuattn.errors import CompileError, MissingDependencyError
 from cuattn.jit import Precompiled
 from cuattn.testing import CHECKS, Case, CupyLibrary, NumpyLibrary, TorchLibrary
 
 SWEEP_CASES = [Case(17, 80, batch=2, heads=4, kv_heads=2)]
-ACCURACY_CASES = [Case(16, 128), Case(16, 128, dtype="bfloat16", family="peaked 8")]
+ACCURACY_CASES = [
+    Case(16, 128),
+    Case(16, 128, dtype="bfloat16", family="peaked 8"),
+    Case(16, 128, "full", "float32", value_dim=32),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +58,7 @@ class TestCheck:
         assert f"cuattn {cuattn.__version__}: backend reference, {library} arrays on cpu" in text
         checks = len(CHECKS)
         assert f"invariance: {checks} of {checks} trials passed\n" in text
-        assert "accuracy: 2 of 2 cases passed\n" in text
+        assert "accuracy: 3 of 3 cases passed\n" in text
         assert text.endswith(f"negative control: {checks} of {checks} checks failed as they must\n")
 
     @pytest.mark.usefixtures("few_cases")
@@ -74,7 +78,7 @@ class TestCheck:
         assert len(report["invariance"]) == 2 * len(CHECKS)
         assert {entry["check"] for entry in report["invariance"] if entry["control"]} == {c.name for c in CHECKS}
         assert report["invariance"][0]["case"]["len_k"] == 80
-        assert [entry["case"]["family"] for entry in report["accuracy"]] == ["normal", "peaked 8"]
+        assert [entry["case"]["family"] for entry in report["accuracy"]] == ["normal", "peaked 8", "normal"]
         assert all(0 < entry["error"] < 1 and entry["passed"] for entry in report["accuracy"])
 
     @pytest.mark.usefixtures("few_cases")
@@ -85,7 +89,7 @@ class TestCheck:
         assert main(["check", "--json", str(tmp_path / "report.json")]) == 1
         text = capsys.readouterr().out
         assert "batch size, float16 d64 causal 2x4/2x17x80: batch 1 against 2: out:" in text
-        assert "accuracy: 2 of 2 cases passed" in text
+        assert "accuracy: 3 of 3 cases passed" in text
         report = json.loads((tmp_path / "report.json").read_text())
         assert report["passed"] is False
         failed = [entry for entry in report["invariance"] if not entry["passed"]]
@@ -163,7 +167,7 @@ class TestCheck:
 
     def test_the_environment_variable_chooses(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def setting(**arguments: Any) -> tuple[str, str | None]:
-            defaults = {"backend": None, "arch": None, "library": "numpy", "quick": True, **arguments}
+            defaults = {"backend": None, "arch": None, "library": "numpy", "dtype": None, "quick": True, **arguments}
             chosen = check._setting(check.argparse.Namespace(**defaults))
             return chosen.backend, chosen.arch
 
@@ -183,7 +187,18 @@ class TestCheck:
         monkeypatch.setattr(check, "accuracy_cases", lambda **variants: iter(ACCURACY_CASES[:1]))
         main(["check", "--quick", "--library", "numpy"])
         assert "without bfloat16, which numpy cannot hold: pip install ml_dtypes" in capsys.readouterr().out
-        assert _remembered[-1] == {"size": "small", "dtypes": ("float16",)}
+        assert _remembered[-1] == {"size": "tiny", "dtypes": ("float16",), "head_dims": (64,)}
+        main(["check", "--library", "numpy"])
+        assert _remembered[-1] == {"size": "tiny", "dtypes": ("float16", "float32"), "head_dims": (64, 128)}
+        usage_error("check", "--dtype", "bfloat16", "--library", "numpy")
+        assert "--dtype: got bfloat16, which numpy cannot hold: pip install ml_dtypes" in capsys.readouterr().err
+
+    def test_dtypes_can_be_chosen(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        monkeypatch.setattr(check, "standard_cases", lambda **variants: _remember(variants))
+        monkeypatch.setattr(check, "accuracy_cases", lambda **variants: iter(ACCURACY_CASES[2:]))
+        assert main(["check", "--dtype", "float32", "bfloat16"]) == 0
+        assert _remembered[-1]["dtypes"] == ("float32", "bfloat16")
+        assert "d64/32 full" in capsys.readouterr().out
 
 
 _remembered: list[dict[str, Any]] = []
@@ -194,10 +209,9 @@ def _remember(variants: dict[str, Any]) -> Iterator[Case]:
     return iter(SWEEP_CASES)
 
 
-def _attend_whole(op: Any, sequence: Any, mask: str, cut: int, length: int | None, options: Any) -> Any:
+def _attend_whole(op: Any, sequence: Any, mask: str, cut: int, options: Any) -> Any:
     """What makes the controls invariant."""
-    lengths = None if length is None else np.array([length], np.int32)
-    return op(*sequence, mask, kv_lengths=lengths, **options)
+    return sequence.attend(op, slice(None), slice(None), mask, options)
 
 
 class TestLibraries:
@@ -303,26 +317,29 @@ class TestKernels:
     ) -> None:
         calls = []
 
-        def precompile(*selection: Any, jobs: int | None, progress: Any) -> list[Precompiled]:
-            calls.append((*selection, jobs))
-            kernel = Precompiled(select_config(64, "causal", "float16", "sm_80"), Path("x"), 1.25, from_cache=False)
+        def precompile(*selection: Any, progress: Any, **options: Any) -> list[Precompiled]:
+            calls.append((selection, options))
+            kernel = Precompiled(ForwardConfig(64, "causal", "float16", "sm_80"), Path("x"), 1.25, from_cache=False)
             progress(1, 2, kernel)
             progress(2, 2, kernel._replace(from_cache=True))
             return [kernel, kernel]
 
         monkeypatch.setattr("cuattn.jit.precompile", precompile)
-        assert (
-            main(["precompile", "--head-dim", "64", "128", "--mask", "causal", "--arch", "sm_80", "--jobs", "1"]) == 0
-        )
+        some = "--head-dim 64 192 --value-dim 128 --mask causal --arch sm_80 --jobs 1"
+        assert main(["precompile", *some.split()]) == 0
         assert main(["precompile"]) == 0
-        assert calls == [([64, 128], ["causal"], None, ["sm_80"], 1), (None, None, None, None, None)]
+        assert calls == [
+            (([64, 192], ["causal"], None, ["sm_80"]), {"value_dims": [128], "jobs": 1}),
+            ((None, None, None, None), {"value_dims": None, "jobs": None}),
+        ]
         text = capsys.readouterr().out
         assert "[1/2] forward_sm80_d64_causal_float16_sm_80: 1.2 s\n" in text
         assert "[2/2] forward_sm80_d64_causal_float16_sm_80: was there\n" in text
         assert "2 kernels in " in text
 
     @pytest.mark.parametrize(
-        "argv", [["--head-dim", "65"], ["--dtype", "float64"], ["--jobs", "0"], ["--arch", "sm_1"]]
+        "argv",
+        [["--head-dim", "65"], ["--value-dim", "0"], ["--dtype", "float64"], ["--jobs", "0"], ["--arch", "sm_1"]],
     )
     def test_precompile_wrong_usage(self, argv: list[str]) -> None:
         usage_error("precompile", *argv)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from cuattn import emulator
-from cuattn.config import Constants, KernelConfig
+from cuattn.config import KernelConfig
+from cuattn.config.base import Constants
 from cuattn.emulator import build
 from cuattn.errors import EmulatorError
 from cuattn.interop import import_tensor

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from planted_bugs import BUGS, FORWARD, Problem
+from planted_bugs import BUGS, FORWARD
+from planted_problems import ManyRows
 
 import cuattn
 from cuattn import emulator, env
 from cuattn.config import ForwardConfig
 from cuattn.emulator import build
 from cuattn.errors import CompileError, EmulatorError, MissingDependencyError
-from cuattn.testing import assert_bitwise_equal
+from cuattn.testing import BitwiseMismatch, assert_bitwise_equal
 
 
 @pytest.fixture
@@ -37,9 +38,13 @@ def change(file: Path, old: str, new: str) -> None:
 @pytest.mark.parametrize("name", BUGS)
 def test_planted_bugs_are_found(name: str, sources: Path) -> None:
     bug = BUGS[name]
-    bug.problem.run()  # control: the kernel as it is
+    right = bug.problem.run()  # control: the kernel as it is
     change(sources / bug.file, bug.old, bug.new)
     for schedule in emulator.SCHEDULES:
+        if bug.error is None:
+            with pytest.raises(BitwiseMismatch):
+                assert_bitwise_equal(bug.problem.run(schedule)[0], right[0])
+            continue
         with pytest.raises(EmulatorError) as caught:
             bug.problem.run(schedule)
         assert re.search(bug.error, str(caught.value)), f"{schedule}: {caught.value}"
@@ -61,7 +66,7 @@ class TestSchedules:
 
     @pytest.mark.parametrize("infinite", [False, True])
     def test_every_order_gives_the_same_bits(self, head_dim: int, arch: str, infinite: bool) -> None:
-        problem = Problem(70, 600, head_dim, "causal", arch, infinite)
+        problem = ManyRows(70, 600, head_dim, "causal", arch, infinite)
         expected = problem.run()
         assert infinite == (not expected[0].isfinite().all())
         for schedule, seed in (("descending", 1), *(("random", seed) for seed in range(1, 4))):
@@ -85,7 +90,7 @@ def test_random_schedules_follow_their_seed(sources: Path) -> None:
 
 def test_python_threads_run_at_the_same_time() -> None:
     problems = [
-        Problem(len_q, 300, head_dim, "causal", arch)
+        ManyRows(len_q, 300, head_dim, "causal", arch)
         for len_q in (40, 130)
         for head_dim in (64, 128)
         for arch in ("sm_80", "sm_90a")
@@ -93,14 +98,14 @@ def test_python_threads_run_at_the_same_time() -> None:
     expected = [problem.run() for problem in problems]
     with ThreadPoolExecutor(4) as pool:
         for _ in range(3):
-            for got, wanted in zip(pool.map(Problem.run, problems), expected, strict=True):
+            for got, wanted in zip(pool.map(ManyRows.run, problems), expected, strict=True):
                 assert_bitwise_equal(got[0], wanted[0], "out")
                 assert_bitwise_equal(got[1], wanted[1], "lse")
 
 
 def test_an_output_between_the_rows_of_an_input() -> None:
     """A buffer whose rows are taken in turn by q and by the output."""
-    problem = Problem()
+    problem = ManyRows()
     q, k, v = problem.inputs()
     rows = torch.stack([q, torch.full_like(q, torch.nan)], dim=3)
     with cuattn.use_backend("emulator"):
@@ -122,7 +127,7 @@ def test_speed() -> None:
 class TestArchitectures:
     def test_what_decides_bits_is_the_tensor_core(self) -> None:
         """sm_80 and sm_86 differ in tiles and rings, sm_80 and sm_90a in their tensor cores."""
-        problem = Problem(70, 300, 128, "causal")
+        problem = ManyRows(70, 300, 128, "causal")
         archs = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_120")
         lse = {arch: replace(problem, arch=arch).run()[1] for arch in archs}
         assert_bitwise_equal(lse["sm_86"], lse["sm_80"], "sm_86")
@@ -132,7 +137,7 @@ class TestArchitectures:
         assert torch.allclose(lse["sm_90a"], lse["sm_80"], rtol=1e-5)
 
     def test_the_backend_chooses(self) -> None:
-        problem = Problem(70, 300, 128, "causal")
+        problem = ManyRows(70, 300, 128, "causal")
         for arch in ("sm_80", "sm_90a"):
             with cuattn.use_backend("emulator", arch=arch):
                 _, lse = cuattn.attention(*problem.inputs(), "causal", return_lse=True)
@@ -146,14 +151,14 @@ class TestBuild:
         with pytest.raises(
             MissingDependencyError, match=r"needs a C\+\+17 compiler .* apt-get install g\+\+, or set CXX"
         ):
-            Problem().run()
+            ManyRows().run()
 
     def test_errors_of_the_compiler_show_numbered_source(self, sources: Path) -> None:
         header = sources / "attn" / "tile.cuh"
         line = header.read_text().splitlines().index("struct Tile {") + 1
         change(header, "struct Tile {", "struct Tile { int wrong = ;")
         with pytest.raises(CompileError) as caught:
-            Problem().run()
+            ManyRows().run()
         message = str(caught.value)
         assert message.startswith("forward_sm80_d64_full_bfloat16_sm_80: ")
         assert "\nconfiguration: {" in message

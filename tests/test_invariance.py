@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cuattn import testing
-from cuattn.config import select_config
+from cuattn.config import ForwardConfig
 from cuattn.reference.gold import visible_keys
 from cuattn.testing import CHECKS, Case, Subject, TorchLibrary
 from cuattn.testing.inputs import Inputs
@@ -85,7 +85,7 @@ def test_rows_alone(attention: Operation, case: Case, data: st.DataObject) -> No
 @pytest.mark.parametrize(("dtype", "mask"), [("float16", "causal"), ("bfloat16", "full")])
 def test_tilings(arch: str, other: str, dtype: str, mask: str) -> None:
     """Architectures with one model of tensor cores, rows per block and ring depth of their own: the same bits."""
-    configs = [select_config(128, mask, dtype, a) for a in (arch, other)]
+    configs = [ForwardConfig(128, mask, dtype, a) for a in (arch, other)]
     assert configs[0].query_tile != configs[1].query_tile
     assert configs[0].ring_slots != configs[1].ring_slots
     for len_q, len_k in ((150, 600), (33, 2100), (300, 90)):

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from cuattn import config as configs
 from cuattn import contract, env, jit
-from cuattn.config import select_config
+from cuattn.config import ForwardConfig
 from cuattn.errors import CompileError, MissingDependencyError
 from cuattn.jit import compiler, kernels
 
-CONFIG = select_config(64, "causal", "bfloat16", "sm_80")
+CONFIG = ForwardConfig(64, "causal", "bfloat16", "sm_80")
+#: The other kernels, whose stand-ins are the same but for the name.
+OTHERS = ("forward_columns", "combine", "append_kv", "scan_mask")
 KERNEL = """#include <common/value.cuh>
 #include "beside.cuh"
 struct Params { float* out; int n; };
@@ -31,7 +34,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of kernel sources and an empty cache of its own, both set by their environment variables."""
     folder = tmp_path / "kernels"
     (folder / "common").mkdir(parents=True)
-    (folder / "forward_sm80.cuh").write_text(KERNEL)
+    for name in ("forward_sm80", *OTHERS):
+        (folder / f"{name}.cuh").write_text(KERNEL.replace("forward_sm80", name))
     (folder / "beside.cuh").write_text("__device__ float beside() { return 2.0f; }\n")
     (folder / "common" / "value.cuh").write_text('#include "nested.cuh"\n__device__ float value() { return nested; }\n')
     (folder / "common" / "nested.cuh").write_text("constexpr float nested = 1.0f;\n")
@@ -123,7 +127,7 @@ def test_a_compile_error_shows_all_that_is_needed(folder: Path) -> None:
     with pytest.raises(CompileError) as caught:
         jit.cubin_path(CONFIG)
     message = str(caught.value)
-    assert "configuration: KernelConfig(head_dim=64, mask='causal', dtype='bfloat16', arch='sm_80'" in message
+    assert "configuration: ForwardConfig(head_dim=64, mask='causal', dtype='bfloat16', arch='sm_80'" in message
     assert "flags: --std=c++17 -arch=sm_80 --fmad=false --ftz=false --prec-div=true --prec-sqrt=true" in message
     assert 'identifier "undeclared" is undefined' in message
     assert "   1 | // forward_sm80_d64_causal_bfloat16_sm_80, contract version" in message
@@ -213,21 +217,41 @@ def test_an_nvrtc_newer_than_the_driver(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_precompile_for_two_architectures(folder: Path) -> None:
     seen = []
-    arguments = ([64], ["causal"], None, ["sm_80", "sm_90a"])
+    arguments = ([64], ["causal"], ["float16", "float32"], ["sm_80", "sm_90a"])
     compiled = jit.precompile(*arguments, progress=lambda *call: seen.append(call))
     assert [kernel.config for kernel in compiled] == [
-        select_config(64, "causal", dtype, arch, ragged)
+        config
         for arch in ("sm_80", "sm_90a")
-        for dtype in ("float16", "bfloat16")
-        for ragged in (False, True)
+        for config in (
+            *configs.attention_configs(64, "causal", "float16", arch),
+            *configs.attention_configs(64, "causal", "float32", arch),
+            *configs.helper_configs(arch),
+        )
     ]
+    number = len(compiled)
     assert all(kernel.path.is_file() and kernel.seconds > 0 and not kernel.from_cache for kernel in compiled)
-    assert len({kernel.path for kernel in compiled}) == 8
-    assert [call[:2] for call in seen] == [(done, 8) for done in range(1, 9)]
+    assert len({kernel.path for kernel in compiled}) == number
+    assert [call[:2] for call in seen] == [(done, number) for done in range(1, number + 1)]
     assert {call[2] for call in seen} == set(compiled)
     again = jit.precompile(*arguments, jobs=1)
     assert [kernel.path for kernel in again] == [kernel.path for kernel in compiled]
     assert all(kernel.from_cache for kernel in again)
+
+
+def test_precompile_of_values_with_a_head_dim_of_their_own(folder: Path) -> None:
+    """Each kernel once, though masks share those that merge, and head dims those around attention."""
+    compiled = jit.precompile([64, 128], None, ["float32"], ["sm_80"], value_dims=[64])
+    expected = [
+        *configs.attention_configs(64, "full", "float32", "sm_80"),
+        *configs.attention_configs(64, "causal", "float32", "sm_80"),
+        *configs.attention_configs(128, "full", "float32", "sm_80", 64),
+        *configs.attention_configs(128, "causal", "float32", "sm_80", 64),
+        *configs.helper_configs("sm_80"),
+    ]
+    assert [kernel.config for kernel in compiled] == list(dict.fromkeys(expected))
+    assert len(compiled) == len(expected) - 3, "one kernel merges for all four"
+    kernels = {(kernel.config.kernel, getattr(kernel.config, "value_dim", None)) for kernel in compiled}
+    assert ("combine", 128) not in kernels
 
 
 def test_precompile_takes_the_devices_at_hand_or_all_that_nvrtc_knows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +270,8 @@ def test_precompile_takes_the_devices_at_hand_or_all_that_nvrtc_knows(monkeypatc
         ({"head_dims": 64}, "head_dims: got 64, expected None or a list of values among 8, 16, "),
         ({"masks": ["window"]}, "masks: got 'window', expected values among full, causal"),
         ({"masks": "causal"}, "masks: got 'causal', expected None or a list of values among full, causal"),
-        ({"dtypes": ["float32"]}, "dtypes: got 'float32', expected values among float16, bfloat16"),
+        ({"dtypes": ["float64"]}, "dtypes: got 'float64', expected values among float16, bfloat16, float32"),
+        ({"value_dims": [0]}, "value_dims: got 0, expected values among 8, 16, "),
         ({"archs": ["sm_90"]}, "archs: got 'sm_90', expected values among sm_80, "),
         ({"jobs": 0}, "jobs: got 0, expected None or a number of at least 1"),
     ],

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cuattn import devices, env, launch
-from cuattn.config import select_config
+from cuattn.config import ForwardConfig
 
 KERNEL = """struct Params { int* out; int value; char padding[84]; int last; };
 extern "C" __global__ void forward_sm80(const Params params) {
@@ -37,7 +37,7 @@ def test_without_cupy_there_is_no_device(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_no_blocks_need_no_device() -> None:
-    launch.launch_kernel(select_config(64, "full", "float16", "sm_80"), 0, 0, Params(), 0, 0)
+    launch.launch_kernel(ForwardConfig(64, "full", "float16", "sm_80"), 0, Params(), 0, 0)
 
 
 @pytest.mark.gpu
@@ -48,15 +48,15 @@ def test_launches_run_on_the_stream_they_are_given(tmp_path: Path, monkeypatch: 
     (tmp_path / "forward_sm80.cuh").write_text(KERNEL)
     monkeypatch.setenv(env.KERNEL_DIR, str(tmp_path))
     monkeypatch.setattr(launch, "_load", launch.functools.cache(launch._load.__wrapped__))
-    config = select_config(128, "full", "float16", launch.device_architecture(0))
-    grid, size = 3, 3 * config.warps * 32
+    config = ForwardConfig(128, "full", "float16", launch.device_architecture(0))
+    grid, size = 3, 3 * config.threads
     with cupy.cuda.Device(0):
         out = cupy.zeros(size, cupy.int32)
         cupy.cuda.Device(0).synchronize()
         params = Params(out.data.ptr, 1000, b"", 7)
 
         def run(stream: int) -> None:
-            launch.launch_kernel(config, grid, config.shared_bytes, params, 0, stream)
+            launch.launch_kernel(config, grid, params, 0, stream)
 
         run(0)
         cupy.cuda.Device(0).synchronize()

@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from backends import SM_80, attention_on
+from backends import SM_80, attention_on, on_backend
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from packed import Packed, numbers
@@ -25,6 +25,20 @@ from cuattn.testing import NumpyLibrary, assert_bitwise_equal
 NUMPY = NumpyLibrary()
 LARGE, SMALL = 2**31 - 1, -(2**31)
 ASCENDING = "ascending numbers from 0 to the {total} tokens"
+
+
+def touches_nothing_else(call: Callable[[], Any]) -> None:
+    """The emulator has nothing to say, but of rows of no sequence or of two, or of new keys that go to one place."""
+    said = ""
+    try:
+        call()
+    except EmulatorError as error:
+        said = str(error)
+    unwritten, twice = (
+        r"(out|lse): \d+ elements were not written, .*",
+        r".*: (out|lse|k_cache|v_cache) has been written there before",
+    )
+    assert re.fullmatch(f"({unwritten}|{twice})?", said), said
 
 
 class TestWrongNumbers:
@@ -46,82 +60,129 @@ class TestWrongNumbers:
         [0, 100, SMALL, 150],
     )
 
-    def run(self, arch: str, starts_q: Sequence[int], starts_k: Sequence[int], mask: str) -> None:
+    def run(
+        self, arch: str, starts_q: Sequence[int], starts_k: Sequence[int], mask: str, splits: int | None = None
+    ) -> None:
         case = Packed([150], [150], heads=1)
         lengths = {"cu_seqlens_q": numbers(*starts_q), "cu_seqlens_k": numbers(*starts_k)}
-        said = ""
-        try:
-            attention_on(("emulator", arch))(*case.arrays(NUMPY), mask, **lengths)
-        except EmulatorError as error:
-            said = str(error)
-        # What the emulator may say: of rows of no sequence, or of two, in a kernel that touches nothing else.
-        unwritten, twice = (
-            r"(out|lse): \d+ elements were not written, .*",
-            r".*: (out|lse) has been written there before",
-        )
-        assert re.fullmatch(f"({unwritten}|{twice})?", said), said
+        attention = attention_on(("emulator", arch))
+        touches_nothing_else(lambda: attention(*case.arrays(NUMPY), mask, num_splits=splits, **lengths))
 
     @pytest.fixture(autouse=True)
     def _unchecked(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("cuattn.checks.dense.check_starts", lambda *args: None)
 
-    @pytest.mark.parametrize("arch", ["sm_80", "sm_86"])
+    @pytest.mark.parametrize(("arch", "splits"), [("sm_80", None), ("sm_86", None), ("sm_80", 3)])
     @pytest.mark.parametrize("mask", ["causal", "full"])
-    def test_wrong_numbers(self, arch: str, mask: str) -> None:
+    def test_wrong_numbers(self, arch: str, splits: int | None, mask: str) -> None:
         for starts_q, starts_k in product(self.LISTS, ([0, 50, 100, 150], [150, 3, 90, 20])):
-            self.run(arch, starts_q, starts_k, mask)
+            self.run(arch, starts_q, starts_k, mask, splits)
         for starts_k in self.LISTS:
-            self.run(arch, [0, 50, 100, 150], starts_k, mask)
+            self.run(arch, [0, 50, 100, 150], starts_k, mask, splits)
 
     @settings(deadline=None, max_examples=100, suppress_health_check=list(HealthCheck))
-    @given(data=st.data(), mask=st.sampled_from(["causal", "full"]))
-    def test_any_numbers(self, data: st.DataObject, mask: str) -> None:
+    @given(data=st.data(), mask=st.sampled_from(["causal", "full"]), splits=st.sampled_from([None, 1, 4]))
+    def test_any_numbers(self, data: st.DataObject, mask: str, splits: int | None) -> None:
         number = st.integers(-200, 400) | st.integers(SMALL, LARGE) | st.sampled_from([0, 64, -64])
         count = data.draw(st.integers(1, 5) | st.integers(30, 70))
         lists = st.lists(number, min_size=count + 1, max_size=count + 1)
-        self.run("sm_80", data.draw(lists), data.draw(lists), mask)
+        self.run("sm_80", data.draw(lists), data.draw(lists), mask, splits)
 
-    def test_rows_of_no_sequence_are_not_written(self) -> None:
+    @pytest.mark.parametrize("splits", [None, 2])
+    def test_rows_of_no_sequence_are_not_written(self, splits: int | None) -> None:
         """And those of a sequence are right, whatever the others."""
         case = Packed([150], [150], heads=1)
         q, k, v = case.arrays(NUMPY)
         out = testing.poisoned_empty_like(q)
+        lengths = {"cu_seqlens_q": numbers(20, 50), "cu_seqlens_k": numbers(0, 999)}
         with pytest.raises(EmulatorError, match="were not written"):
-            attention_on(SM_80)(q, k, v, out=out, cu_seqlens_q=numbers(20, 50), cu_seqlens_k=numbers(0, 999))
+            attention_on(SM_80)(q, k, v, "full", out=out, num_splits=splits, **lengths)
         assert np.isnan(out[:20]).all()
         assert np.isnan(out[50:]).all()
         alone = attention_on(SM_80)(q[None, 20:50], k[None], v[None], layout="bshd")
         assert_bitwise_equal(out[20:50], alone[0])
 
-    def test_the_emulator_sees_what_is_outside(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("splits", [None, 2])
+    def test_the_emulator_sees_what_is_outside(
+        self, splits: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """The control: a kernel that trusts the numbers touches other memory."""
         folder = tmp_path / "kernels"
         shutil.copytree(env.kernel_dir(), folder)
-        place, bound = folder / "attn" / "place.cuh", "min(ptx::load_global_s32(starts + 1), total)"
-        assert bound in place.read_text()
-        place.write_text(place.read_text().replace(bound, "ptx::load_global_s32(starts + 1)"))
+        file, bound = folder / "attn" / "sequence.cuh", "min(ptx::load_global_s32(starts + 1), total)"
+        assert bound in file.read_text()
+        file.write_text(file.read_text().replace(bound, "ptx::load_global_s32(starts + 1)"))
         monkeypatch.setenv(env.KERNEL_DIR, str(folder))
         with pytest.raises(AssertionError, match="outside of every tensor"):
-            self.run("sm_80", [0, 50, 100, 150], [0, 50, 100, 200], "full")
+            self.run("sm_80", [0, 50, 100, 150], [0, 50, 100, 200], "full", splits)
 
 
 class TestWrongKeyLengths:
     """kv_lengths that are not checked count as the nearest number that is possible."""
 
     @pytest.mark.parametrize("mask", ["causal", "full"])
-    @pytest.mark.parametrize("arch", ["sm_80", "sm_86"])
-    def test_wrong_numbers(self, arch: str, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize(("arch", "splits"), [("sm_80", None), ("sm_86", None), ("sm_80", 3)])
+    def test_wrong_numbers(self, arch: str, splits: int | None, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("cuattn.checks.lengths.numbers_to_check", lambda tensor, checked: None)
         q, k, v = (np.ascontiguousarray(x[None].repeat(3, axis=0)) for x in Packed([50], [70]).arrays(NUMPY))
         attention = attention_on(("emulator", arch))
 
         def run(*lengths: int) -> np.ndarray:
-            return attention(q, k, v, mask, layout="bshd", kv_lengths=numbers(*lengths))
+            return attention(q, k, v, mask, layout="bshd", kv_lengths=numbers(*lengths), num_splits=splits)
 
         assert_bitwise_equal(run(LARGE, 71, 10**6), run(70, 70, 70))
         assert_bitwise_equal(run(SMALL, -1, -70), run(0, 0, 0))
         assert not run(SMALL, -1, -70).any()
         assert run(5, SMALL, LARGE)[2].any()
+
+
+class TestWrongCaches:
+    """Lengths and pages of a cache that are not checked: one launch for many rows of a sequence, one for few."""
+
+    PAGES, PAGE_SIZE = 40, 4
+
+    @pytest.fixture(autouse=True)
+    def _unchecked(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("cuattn.checks.cache._check_numbers", lambda *args: None)
+
+    def run(self, starts: Sequence[int], lengths: Sequence[int], pages: Sequence[int], new: bool) -> None:
+        q, k, v = Packed([150], [150], heads=1).arrays(NUMPY)
+        cache = np.zeros((2, self.PAGES, self.PAGE_SIZE, 1, 64), np.float16)
+        table = np.resize(np.array(pages, np.int32), (len(lengths), 12))
+        options = {"block_table": table, "cu_seqlens_q": numbers(*starts), "check": False}
+        options |= {"k_new": k, "v_new": v} if new else {}
+        attention = on_backend(cuattn.attention_kvcache, SM_80)
+        touches_nothing_else(lambda: attention(q, *cache, numbers(*lengths), **options))
+
+    @pytest.mark.parametrize("new", [False, True])
+    def test_wrong_numbers(self, new: bool) -> None:
+        right = list(range(36))
+        for starts in TestWrongNumbers.LISTS:
+            self.run(starts, [3, 40, 20], right, new)
+        for lengths in ([49, 48, -1], [LARGE, SMALL, LARGE], [SMALL, 0, -5], [LARGE - 10, LARGE - 100, 47]):
+            self.run([0, 100, 120, 150], lengths, right, new)
+        for pages in ([self.PAGES], [-1, 3], [LARGE, SMALL], [7]):
+            self.run([0, 100, 120, 150], [3, 40, 20], pages, new)
+
+    @settings(deadline=None, max_examples=50, suppress_health_check=list(HealthCheck))
+    @given(data=st.data(), new=st.booleans())
+    def test_any_numbers(self, data: st.DataObject, new: bool) -> None:
+        number = st.integers(-200, 400) | st.integers(SMALL, LARGE)
+        count = data.draw(st.integers(1, 5) | st.integers(30, 70))
+        starts, lengths = (st.lists(number, min_size=n, max_size=n) for n in (count + 1, count))
+        pages = st.lists(number | st.integers(0, self.PAGES), min_size=1, max_size=40)
+        self.run(data.draw(starts), data.draw(lengths), data.draw(pages), new)
+
+    def test_the_emulator_sees_what_is_outside(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The control: a kernel that trusts the pages touches other memory."""
+        folder = tmp_path / "kernels"
+        shutil.copytree(env.kernel_dir(), folder)
+        file, bound = folder / "attn" / "sequence.cuh", ", sequences.page_count - 1u)"
+        assert bound in file.read_text()
+        file.write_text(file.read_text().replace(bound, ", ~0u)"))
+        monkeypatch.setenv(env.KERNEL_DIR, str(folder))
+        with pytest.raises(AssertionError, match="outside of every tensor"):
+            self.run([0, 100, 120, 150], [3, 40, 20], [self.PAGES], new=False)
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from cuattn.testing import CHECKS, BitwiseMismatch, Case, Check, Library, NumpyL
 from cuattn.testing import controls as control_ops
 from cuattn.testing.arrays import values_of
 from cuattn.testing.invariance import boundaries
+from cuattn.testing.sequences import spans
 
 CONTROL_CASE = Case(21, 90, "causal", batch=2, heads=4, kv_heads=2)
 CHECK_NAMES = [check.name for check in CHECKS]
@@ -128,7 +129,11 @@ class TestSweep:
             "num_splits",
             "given output",
             "key lengths",
+            "key padding",
             "packed sequences",
+            "contiguous cache",
+            "paged cache",
+            "key shards",
         }
 
     def test_a_check_that_its_control_passes_is_a_failure(self) -> None:
@@ -168,23 +173,102 @@ class TestSweep:
         next(sweep)
         assert len(calls) < 10
 
-    def test_attention_takes_part_with_all_its_keywords(self) -> None:
+    @pytest.mark.parametrize(
+        "case",
+        [
+            CONTROL_CASE,
+            Case(3, 1100, heads=2, kv_heads=2, value_dim=32),
+            Case(9, 90, dtype="float32", batch=2, heads=4, kv_heads=2, lengths=(40, 11)),
+        ],
+        ids=str,
+    )
+    def test_attention_takes_part_with_all_its_keywords(self, case: Case) -> None:
         attention = testing.with_packed(cuattn.attention, cuattn.attention_varlen)
-        trials = testing.plan_sweep(attention, [CONTROL_CASE])
-        assert {trial.check.name for trial in trials} == set(CHECK_NAMES)
-        testing.assert_invariant(attention, [CONTROL_CASE], TorchLibrary())
+        attention = testing.with_cache(attention, cuattn.attention_kvcache)
+        attention = testing.with_shards(attention, cuattn.attention_partials, cuattn.combine, cuattn.chunk_starts)
+        names = {trial.check.name for trial in testing.plan_sweep(attention, [case])}
+        assert names == {check.name for check in CHECKS if check.applies(case)}
+        testing.assert_invariant(attention, [case], TorchLibrary())
 
-    def test_packed_sequences_need_an_operation_for_them(self) -> None:
+    def test_what_needs_another_operation(self) -> None:
+        needing = {"packed sequences", "contiguous cache", "paged cache", "key shards"}
         names = {trial.check.name for trial in testing.plan_sweep(cuattn.attention, [CONTROL_CASE])}
-        assert set(CHECK_NAMES) - names == {"packed sequences"}
-        joined = testing.with_packed(row_by_row, cuattn.attention_varlen)
-        assert "packed sequences" in {trial.check.name for trial in testing.plan_sweep(joined, [CONTROL_CASE])}
-        with pytest.raises(BitwiseMismatch, match="sequence 0, packed: out"):  # its bits are others
-            _check("packed sequences").run(Subject(joined, NumpyLibrary(), CONTROL_CASE))
+        assert set(CHECK_NAMES) - names == needing
 
-    def test_padding_that_is_read_is_found(self) -> None:
-        def reading(q: Any, k: Any, v: Any, mask: str, *, kv_lengths: Any = None, **options: Any) -> Any:
-            return row_by_row(q, k, v, mask, **options)
+    @pytest.mark.parametrize(
+        ("join", "message"),
+        [
+            (lambda: testing.with_packed(row_by_row, cuattn.attention_varlen), "packed sequences, sequence 0, packed"),
+            (lambda: testing.with_cache(row_by_row, cuattn.attention_kvcache), "contiguous cache, cache, rows 0 to 10"),
+            (lambda: testing.with_cache(row_by_row, cuattn.attention_kvcache), "paged cache, pages of 16, rows 0 to"),
+            (
+                lambda: testing.with_shards(row_by_row, cuattn.attention_partials, cuattn.combine, cuattn.chunk_starts),
+                "key shards, 1 shards",
+            ),
+        ],
+    )
+    def test_joined_operations_are_both_called(self, join: Any, message: str) -> None:
+        """Their bits are others, which is found."""
+        name, _, mismatch = message.partition(", ")
+        joined = join()
+        assert name in {trial.check.name for trial in testing.plan_sweep(joined, [CONTROL_CASE])}
+        with pytest.raises(BitwiseMismatch, match=mismatch):
+            _check(name).run(Subject(joined, NumpyLibrary(), CONTROL_CASE))
 
-        with pytest.raises(BitwiseMismatch, match="rows 18 to 21 of sequence 0 with 87 keys: out"):
-            _check("key lengths").run(Subject(reading, NumpyLibrary(), CONTROL_CASE))
+    @pytest.mark.parametrize(
+        ("name", "ignored", "message"),
+        [
+            ("key lengths", "kv_lengths", "kv_lengths, rows 18 to 21 of sequence 0: out"),
+            ("key padding", "key_padding_mask", "padding right, rows 18 to 21 of sequence 0: out"),
+        ],
+    )
+    def test_padding_that_is_read_is_found(self, name: str, ignored: str, message: str) -> None:
+        def reading(q: Any, k: Any, v: Any, mask: str, **options: Any) -> Any:
+            return with_keywords(q, k, v, mask, **{**options, ignored: None})
+
+        with pytest.raises(BitwiseMismatch, match=message):
+            _check(name).run(Subject(reading, NumpyLibrary(), CONTROL_CASE))
+
+    @pytest.mark.parametrize("name", ["contiguous cache", "paged cache"])
+    @pytest.mark.parametrize("keys", [1, -1])
+    def test_a_cache_misread_by_one_is_found(self, name: str, keys: int) -> None:
+        def misreading(q: Any, k: Any, v: Any, mask: str, *, cache_lengths: Any = None, **options: Any) -> Any:
+            lengths = None if cache_lengths is None else cache_lengths + keys
+            return with_keywords(q, k, v, mask, cache_lengths=lengths, **options)
+
+        with pytest.raises(BitwiseMismatch, match="rows 0 to 10 of sequence 0"):
+            _check(name).run(Subject(misreading, NumpyLibrary(), CONTROL_CASE))
+
+
+class TestSpans:
+    @pytest.mark.parametrize(
+        ("seen", "expected"),
+        [
+            ([], []),
+            ([4], [("full", 0, 1)]),
+            ([7, 7, 7], [("full", 0, 3)]),
+            ([0, 0, 1, 2], [("full", 0, 2), ("causal", 2, 4)]),
+            ([5, 6, 6, 6, 7], [("causal", 0, 2), ("full", 2, 4), ("full", 4, 5)]),
+        ],
+    )
+    def test_rows_are_cut_where_the_step_changes(self, seen: list[int], expected: list[tuple[str, int, int]]) -> None:
+        assert list(spans(np.array(seen, int))) == expected
+
+
+class TestCases:
+    def test_every_kind_is_there(self) -> None:
+        cases = list(testing.standard_cases("device"))
+        assert {case.dtype for case in cases} == {"float16", "bfloat16", "float32"}
+        pairs = {(case.head_dim, case.value_dim) for case in cases}
+        assert pairs == {(d, None) for d in (64, 96, 128, 192, 256)} | {(192, 128)}
+        for dtype in ("float16", "bfloat16", "float32"):
+            assert {8300, 131072} <= {case.len_k for case in cases if case.dtype == dtype}
+        assert testing.WORKLOAD in cases
+        assert testing.WORKLOAD.lengths is not None
+        assert sum(testing.WORKLOAD.lengths) == 59
+
+    @pytest.mark.parametrize("size", testing.SIZES)
+    def test_a_selection_is_kept(self, size: str) -> None:
+        for case in testing.standard_cases(size, ("float32",), ((192, 128), 64), ("full",)):
+            assert (case.dtype, case.mask) == ("float32", "full")
+            assert (case.head_dim, case.value_dim) in ((192, 128), (64, None))

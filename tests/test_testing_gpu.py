@@ -22,7 +22,7 @@ def library(request: pytest.FixtureRequest) -> Library:
     return TorchLibrary(device="cuda:0")
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("place", [contiguous, padded, rows_first])
 def test_placements_hold_the_same_bits(library: Library, dtype: str, place: Placement) -> None:
     bits = testing.make_inputs(Case(5, 7, dtype=dtype, batch=2, heads=3)).q

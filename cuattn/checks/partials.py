@@ -63,8 +63,8 @@ def check_partials(
     total = end if total_keys is None else check_count("total_keys", total_keys, 0)
     if not end <= total <= LARGEST_DIM:
         raise ValueError(f"total_keys: got {total}, expected a number from the end of k {end} to {LARGEST_DIM}")
-    if not _starts_chunk(first):
-        raise ValueError(f"first_key: got {first}, expected the start of a chunk (cuattn.chunk_starts)")
+    if first != total and not _starts_chunk(first):
+        raise ValueError(f"first_key: got {first}, expected the start of a chunk (cuattn.chunk_starts) or {total}")
     if end != total and not _starts_chunk(end):
         raise ValueError(f"k: got keys up to {end}, expected the start of a chunk (cuattn.chunk_starts) or {total}")
     return PartialsCall(problem, contract.chunk_count(first), contract.chunk_count(end), total)

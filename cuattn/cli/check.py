@@ -13,9 +13,11 @@ from cuattn import __version__
 from cuattn import backend as backends
 from cuattn.api import attention as dense_attention
 from cuattn.api import attention_varlen
+from cuattn.cache import attention_kvcache
 from cuattn.cli import libraries, machine
 from cuattn.cli.report import Reporter, Table, counted, make_reporter
 from cuattn.config import ARCHITECTURES, DTYPES
+from cuattn.partials import attention_partials, chunk_starts, combine
 from cuattn.testing import (
     Accuracy,
     Library,
@@ -25,11 +27,15 @@ from cuattn.testing import (
     plan_sweep,
     run_sweep,
     standard_cases,
+    with_cache,
     with_packed,
+    with_shards,
 )
+from cuattn.testing.cases import COMMON_HEAD_DIMS
 
 #: What is examined.
-attention = with_packed(dense_attention, attention_varlen)
+attention = with_cache(with_packed(dense_attention, attention_varlen), attention_kvcache)
+attention = with_shards(attention, attention_partials, combine, chunk_starts)
 #: Failures that are printed in full; the rest is counted, and all are in the JSON.
 SHOWN_FAILURES = 10
 
@@ -44,6 +50,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--backend", choices=backends.NAMES, help="default: CUATTN_BACKEND, else auto: a GPU if any")
     parser.add_argument("--arch", choices=list(ARCHITECTURES), help="what the emulator takes the part of")
     parser.add_argument("--library", choices=libraries.NAMES, help="whose arrays to use; default: what is installed")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: all that the arrays can hold")
     parser.add_argument("--quick", action="store_true", help="fewer and smaller cases")
     parser.add_argument(
         "--json", metavar="FILE", type=_report_file, help="also write all results as JSON; - for standard output"
@@ -64,17 +71,18 @@ class Setting:
     backend: str
     arch: str | None
     library: Library
+    dtypes: tuple[str, ...]
     quick: bool
 
     @property
     def variants(self) -> dict[str, Any]:
         """Which cases: as many and as large as the backend gets through in about a minute."""
-        dtypes = self.library.dtypes()
-        if not self.quick:
-            return {"size": {"emulator": "tiny", "cuda": "device"}.get(self.backend, "large"), "dtypes": dtypes}
-        if self.backend == "emulator":
-            return {"size": "tiny", "dtypes": dtypes[:1], "head_dims": (64,)}
-        return {"size": "small", "dtypes": dtypes}
+        if self.backend == "cuda":
+            return {"size": "small" if self.quick else "device", "dtypes": self.dtypes}
+        if self.quick:
+            return {"size": "tiny", "dtypes": self.dtypes[:1], "head_dims": COMMON_HEAD_DIMS[:1]}
+        # the emulator compiles several kernels for each variant
+        return {"size": "tiny", "dtypes": self.dtypes, "head_dims": COMMON_HEAD_DIMS}
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -111,7 +119,11 @@ def _setting(arguments: argparse.Namespace) -> Setting:
     library = libraries.choose(backend, arguments.library)
     if backend == "auto":
         backend = "reference" if library.device == "cpu" else "cuda"
-    return Setting(backend, arch, library, arguments.quick)
+    dtypes = tuple(arguments.dtype or library.dtypes())
+    for dtype in dtypes:
+        if dtype not in library.dtypes():
+            raise ValueError(f"--dtype: got {dtype}, which {library.name} cannot hold: pip install ml_dtypes")
+    return Setting(backend, arch, library, dtypes, arguments.quick)
 
 
 def _report(reporter: Reporter, sweep: Sequence[TrialResult], accuracy: Sequence[Accuracy]) -> bool:
@@ -163,7 +175,7 @@ def _accuracy_table(accuracy: Sequence[Accuracy]) -> Table:
     rows = [
         (
             *group,
-            f"d{a.case.head_dim} {a.case.mask}",
+            f"{a.case.dims} {a.case.mask}",
             f"{a.error:.1e}",
             f"{a.peer_error:.1e}",
             f"{a.ratio:.2f}",

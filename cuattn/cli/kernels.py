@@ -19,6 +19,9 @@ def add_commands(commands: Any) -> None:
         "precompile", help="compile kernels ahead of time", description="Compile kernels ahead of time; needs no GPU."
     )
     precompile.add_argument("--head-dim", type=int, nargs="+", choices=HEAD_DIMS, help="default: all")
+    precompile.add_argument(
+        "--value-dim", type=int, nargs="+", choices=HEAD_DIMS, help="head dims of values; default: the --head-dim"
+    )
     precompile.add_argument("--mask", nargs="+", choices=MASKS, help="default: all")
     precompile.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: all")
     precompile.add_argument(
@@ -63,7 +66,13 @@ def run_precompile(arguments: argparse.Namespace) -> int:
 
     start = time.perf_counter()
     kernels = precompile(
-        arguments.head_dim, arguments.mask, arguments.dtype, arguments.arch, jobs=arguments.jobs, progress=show
+        arguments.head_dim,
+        arguments.mask,
+        arguments.dtype,
+        arguments.arch,
+        value_dims=arguments.value_dim,
+        jobs=arguments.jobs,
+        progress=show,
     )
     seconds = time.perf_counter() - start
     reporter.line(f"{counted(len(kernels), 'kernel')} in {seconds:.1f} s, in {env.cache_dir()}", good=True)

@@ -39,21 +39,27 @@ def many_rows(
     """The kernel for prefill. Its signature is the invariance: nothing of the batch can reach the choice."""
     if _is_tiled(head_dim, value_dim, dtype):
         return ForwardConfig(head_dim, mask, dtype, arch, ragged, paged)
-    return few_rows(head_dim, value_dim, mask, dtype, arch, split=False)
+    return few_rows(head_dim, value_dim, mask, dtype, arch, paged, split=False)
 
 
 @functools.cache
-def few_rows(head_dim: int, value_dim: int, mask: str, dtype: str, arch: str, split: bool = True) -> ColumnsConfig:
+def few_rows(
+    head_dim: int, value_dim: int, mask: str, dtype: str, arch: str, paged: bool, split: bool = True
+) -> ColumnsConfig:
     """The kernel for decode."""
-    return ColumnsConfig(head_dim, value_dim, mask, dtype, arch, split)
+    return ColumnsConfig(head_dim, value_dim, mask, dtype, arch, split, paged)
 
 
-def attention_configs(head_dim: int, mask: str, dtype: str, arch: str) -> list[KernelConfig]:
-    """The kernels that attention with one head dim for queries, keys and values may need."""
-    shape = (head_dim, head_dim, mask, dtype, arch)
+def attention_configs(
+    head_dim: int, mask: str, dtype: str, arch: str, value_dim: int | None = None
+) -> list[KernelConfig]:
+    """The kernels that attention may need; ``value_dim`` is that of values, None for ``head_dim``."""
+    value_dim = value_dim or head_dim
+    shape = (head_dim, value_dim, mask, dtype, arch)
     lengths = [(False, False), (True, False), (True, True)]
     many = [many_rows(*shape, ragged, paged) for ragged, paged in lengths]
-    return [*dict.fromkeys(many), few_rows(*shape), CombineConfig(head_dim, dtype, arch)]
+    few = [few_rows(*shape, paged) for paged in (False, True)]
+    return [*dict.fromkeys([*many, *few]), CombineConfig(value_dim, dtype, arch)]
 
 
 def helper_configs(arch: str) -> list[KernelConfig]:

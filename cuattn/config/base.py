@@ -73,3 +73,8 @@ def itemsize(dtype: str) -> int:
 def tile_columns(head_dim: int) -> int:
     """Columns of a tile in shared memory: head_dim and zeros behind it."""
     return -(-head_dim // 64) * 64
+
+
+def place_bytes(tiles: int, key_tile: int) -> int:
+    """Shared memory for the places of the keys and values of some tiles."""
+    return -(-tiles * key_tile * 8 // 1024) * 1024

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from cuattn import contract
-from cuattn.config.base import ARCHITECTURES, Constants, KernelConfig, itemsize, tile_columns
+from cuattn.config.base import ARCHITECTURES, Constants, KernelConfig, itemsize, place_bytes, tile_columns
 
 #: Slots of a ring: more than this do not hide more latency.
 MOST_SLOTS = 6
@@ -29,11 +29,13 @@ class ColumnsConfig(KernelConfig):
     dtype: str
     arch: str
     split: bool
+    paged: bool = False
 
     @functools.cached_property
     def name(self) -> str:
         dims = f"d{self.head_dim}" + (f"_{self.value_dim}" if self.value_dim != self.head_dim else "")
-        return f"{self.kernel}_{dims}_{self.mask}{'_split' if self.split else ''}_{self.dtype}_{self.arch}"
+        kind = "_split" * self.split + "_paged" * self.paged
+        return f"{self.kernel}_{dims}_{self.mask}{kind}_{self.dtype}_{self.arch}"
 
     @property
     def constants(self) -> Constants:
@@ -46,6 +48,8 @@ class ColumnsConfig(KernelConfig):
             "float32": self.dtype == "float32",
             "bfloat16": self.dtype == "bfloat16",
             "split": self.split,
+            "paged": self.paged,
+            "place_tiles": self._place_tiles(self.slot_keys),
             "key_tile": self.key_tile,
             "row_warps": self.row_warps,
             "column_warps": self.column_warps,
@@ -100,14 +104,14 @@ class ColumnsConfig(KernelConfig):
     @functools.cached_property
     def shared_bytes(self) -> int:
         rows, columns, keys, _, slots = self._shape
-        return self._fixed_bytes(rows, columns) + slots * self._slot_bytes(keys)
+        return self._fixed_bytes(rows, columns, keys) + slots * self._slot_bytes(keys)
 
     @functools.cached_property
     def _shape(self) -> tuple[int, int, int, int, int]:
         """(row warps, column warps, keys a slot, blocks a multiprocessor, slots): the first that fits."""
         memory = ARCHITECTURES[self.arch]
         for rows, columns, keys, blocks in self._candidates():
-            room = memory // blocks - 1024 * (blocks - 1) - self._fixed_bytes(rows, columns)
+            room = memory // blocks - 1024 * (blocks - 1) - self._fixed_bytes(rows, columns, keys)
             slots = min(MOST_SLOTS, room // self._slot_bytes(keys))
             if slots >= 2:
                 return rows, columns, keys, blocks, slots
@@ -127,9 +131,14 @@ class ColumnsConfig(KernelConfig):
     def _slot_bytes(self, keys: int) -> int:
         return keys * max(self.tile_dim, self.value_tile_dim) * itemsize(self.dtype)
 
-    def _fixed_bytes(self, row_warps: int, column_warps: int) -> int:
-        """Queries, scores of a tile, and merged chunks."""
+    def _fixed_bytes(self, row_warps: int, column_warps: int, slot_keys: int) -> int:
+        """Queries, scores of a tile, merged chunks, and places of paged keys in as many tiles as slots may span."""
         rows = 16 * row_warps
         merged = self.value_tile_dim // 8 * 512 + column_warps * 128
         total = rows * self.tile_dim * itemsize(self.dtype) + rows * (self.key_tile + 8) * 4 + row_warps * merged
-        return -(-total // 1024) * 1024
+        places = place_bytes(self._place_tiles(slot_keys), self.key_tile)
+        return -(-total // 1024) * 1024 + self.paged * places
+
+    def _place_tiles(self, slot_keys: int) -> int:
+        """Tiles that slots may span, and the one behind them."""
+        return max(2, (MOST_SLOTS - 1) // (2 * self.key_tile // slot_keys) + 1)

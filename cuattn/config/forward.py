@@ -4,7 +4,7 @@ import functools
 from dataclasses import dataclass
 
 from cuattn import contract
-from cuattn.config.base import ARCHITECTURES, Constants, KernelConfig, tile_columns
+from cuattn.config.base import ARCHITECTURES, Constants, KernelConfig, place_bytes, tile_columns
 
 #: What the kernel serves: one head dim for queries, keys and values, up to this one.
 LARGEST_HEAD_DIM = 128
@@ -68,7 +68,7 @@ class ForwardConfig(KernelConfig):
         if self.tile_dim > 64:
             return 1
         plain = self.head_dim == self.tile_dim and not self.ragged
-        return 3 if plain and self.arch.startswith(("sm_8", "sm_9")) else 2
+        return 3 if plain and self.arch in ("sm_86", "sm_87", "sm_89", "sm_90a") else 2
 
     @functools.cached_property
     def warps(self) -> int:
@@ -88,17 +88,18 @@ class ForwardConfig(KernelConfig):
         """Key or value tiles in flight: two where blocks overlap each other, else up to four."""
         if self.blocks_per_multiprocessor > 1:
             return 2
-        return min(4, (ARCHITECTURES[self.arch] - self._merged_bytes) // self._tile_bytes)
+        return min(4, (ARCHITECTURES[self.arch] - self._fixed_bytes) // self._tile_bytes)
 
     @functools.cached_property
     def shared_bytes(self) -> int:
-        return self.ring_slots * self._tile_bytes + -(-self._merged_bytes // 1024) * 1024
+        return self.ring_slots * self._tile_bytes + self._fixed_bytes
 
     @functools.cached_property
     def _tile_bytes(self) -> int:
         return self.key_tile * self.tile_dim * 2
 
     @functools.cached_property
-    def _merged_bytes(self) -> int:
-        """Of each row, the fp32 output, reference and sum of earlier chunks."""
-        return self.query_tile * (self.tile_dim + 2) * 4
+    def _fixed_bytes(self) -> int:
+        """Of each row, the fp32 output, reference and sum of earlier chunks; of two tiles, where paged keys lie."""
+        merged = self.query_tile * (self.tile_dim + 2) * 4
+        return -(-merged // 1024) * 1024 + self.paged * place_bytes(2, self.key_tile)

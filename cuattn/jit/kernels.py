@@ -2,9 +2,10 @@
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -52,26 +53,30 @@ def precompile(
     dtypes: Iterable[str] | None = None,
     archs: Iterable[str] | None = None,
     *,
+    value_dims: Iterable[int] | None = None,
     jobs: int | None = None,
     progress: Callable[[int, int, Precompiled], None] | None = None,
 ) -> list[Precompiled]:
     """Compiles kernels ahead of time; no GPU is needed.
 
     Each argument selects values such as ``[64]``, ``["causal"]``, ``["bfloat16"]``, ``["sm_90a"]``; None means all, for
-    ``archs`` those of the devices present, or without a device all that the installed NVRTC knows. ``jobs`` kernels are
-    compiled at a time (None: one a core). ``progress(done, total, kernel)`` is called in this thread as each is ready.
+    ``archs`` those of the devices present, or without a device all that the installed NVRTC knows. Every function of
+    cuattn then finds its kernels for these: prefill and decode, packed or not, caches, pages, padding masks, partial
+    results. ``value_dims`` are head dims of values, each with each of ``head_dims``, such as ``[128]`` for ``[192]``;
+    None means that values have the head dim of queries and keys. ``jobs`` kernels are compiled at a time (None: one a
+    core). ``progress(done, total, kernel)`` is called in this thread as each is ready.
 
-    Returns the kernels in a fixed order. Raises ValueError for a value that is not supported, CompileError and
-    MissingDependencyError.
+    Returns the kernels in a fixed order, each once. Raises ValueError for a value that is not supported, CompileError
+    and MissingDependencyError.
     """
-    chosen = [
-        config
-        for arch in _checked("archs", _default_architectures() if archs is None else archs, configs.ARCHITECTURES)
-        for head_dim in _checked("head_dims", head_dims, configs.HEAD_DIMS)
-        for mask in _checked("masks", masks, configs.MASKS)
-        for dtype in _checked("dtypes", dtypes, configs.DTYPES)
-        for config in configs.attention_configs(head_dim, mask, dtype, arch)
-    ]
+    choices = (
+        _checked("archs", _default_architectures() if archs is None else archs, configs.ARCHITECTURES),
+        _checked("head_dims", head_dims, configs.HEAD_DIMS),
+        _checked("masks", masks, configs.MASKS),
+        _checked("dtypes", dtypes, configs.DTYPES),
+        [None] if value_dims is None else _checked("value_dims", value_dims, configs.HEAD_DIMS),
+    )
+    chosen = list(dict.fromkeys(_configs(*choices)))
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs: got {jobs}, expected None or a number of at least 1")
     # Threads are enough: CuPy lets go of the interpreter lock while NVRTC works.
@@ -86,6 +91,15 @@ def precompile(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return [future.result() for future in futures]
+
+
+def _configs(
+    archs: list[str], head_dims: list[int], masks: list[str], dtypes: list[str], value_dims: Iterable[int | None]
+) -> Iterator[KernelConfig]:
+    for arch in archs:
+        for head_dim, value_dim, mask, dtype in product(head_dims, value_dims, masks, dtypes):
+            yield from configs.attention_configs(head_dim, mask, dtype, arch, value_dim)
+        yield from configs.helper_configs(arch)
 
 
 def _checked(argument: str, values: Any, supported: Collection[_T]) -> list[_T]:

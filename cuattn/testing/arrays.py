@@ -6,11 +6,11 @@ and only a library that has to hold such an array must know the type.
 
 import importlib.util
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 from numpy.typing import NDArray
 
 from cuattn.interop.numpy_ import numpy_dtype
@@ -78,7 +78,7 @@ class Library(Protocol):
         """ "cpu" or "cuda:0"."""
 
     def dtypes(self) -> tuple[str, ...]:
-        """Those of float16 and bfloat16 that its arrays can hold here."""
+        """Those of float16, bfloat16 and float32 that its arrays can hold here."""
 
     def array(self, bits: Bits, dtype: str) -> Any:
         """A new C-contiguous array of these bits."""
@@ -88,13 +88,17 @@ def installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
+def _dtypes_of_numpy() -> tuple[str, ...]:
+    return ("float16", "bfloat16", "float32") if installed("ml_dtypes") else ("float16", "float32")
+
+
 @dataclass(frozen=True)
 class NumpyLibrary:
     name: str = "numpy"
     device: str = "cpu"
 
     def dtypes(self) -> tuple[str, ...]:
-        return ("float16", "bfloat16") if installed("ml_dtypes") else ("float16",)
+        return _dtypes_of_numpy()
 
     def array(self, bits: Bits, dtype: str) -> Any:
         return np.array(bits, order="C").view(numpy_dtype(dtype))
@@ -106,7 +110,7 @@ class TorchLibrary:
     device: str = "cpu"
 
     def dtypes(self) -> tuple[str, ...]:
-        return ("float16", "bfloat16")
+        return ("float16", "bfloat16", "float32")
 
     def array(self, bits: Bits, dtype: str) -> Any:
         import torch
@@ -121,7 +125,7 @@ class CupyLibrary:
     device: str = "cuda:0"
 
     def dtypes(self) -> tuple[str, ...]:
-        return ("float16", "bfloat16") if installed("ml_dtypes") else ("float16",)
+        return _dtypes_of_numpy()
 
     def array(self, bits: Bits, dtype: str) -> Any:
         import cupy
@@ -142,9 +146,14 @@ def library_of(array: Any) -> Library:
     raise TypeError(f"array: got {type(array).__name__}, expected an array of NumPy, torch or CuPy")
 
 
-def int32_array(library: Library, numbers: Sequence[int]) -> Any:
+def int32_array(library: Library, numbers: npt.ArrayLike) -> Any:
     """A new array of the library that holds int32 numbers, such as lengths."""
     return library.array(np.array(numbers, np.int32).view(np.uint32), "int32")
+
+
+def bool_array(library: Library, values: NDArray[np.bool_]) -> Any:
+    """A new array of the library that holds a mask."""
+    return library.array(values.view(np.uint8), "bool")
 
 
 def is_contiguous(array: Any) -> bool:

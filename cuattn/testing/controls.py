@@ -21,13 +21,13 @@ from cuattn.testing.subject import Operation
 FIRST_CUT = 16
 CUTS = 31
 
-Arrays = tuple[Any, Any, Any]
+Both = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
 class Call:
-    """One sequence of one call: q (B, Hq, Lq, D), k and v (B, Hkv, Lk, D) whole, or packed (Tq, Hq, D), (Tk, Hkv, D),
-    and all that a bad kernel may see.
+    """One sequence of one call: q (B, Hq, Lq, D), k and v (B, Hkv, Lk, D) whole, packed (Tq, Hq, D), (Tk, Hkv, D), or
+    the cache, and all that a bad kernel may see.
     """
 
     q: Any
@@ -36,15 +36,39 @@ class Call:
     mask: str
     layout: str
     num_splits: int | None
+    shards: int | None
     position: int  # in the batch
     run: int  # how often the operation was called before
-    first_key: int = 0  # of the packed sequence, in the packed keys
+    first_key: int = 0  # of the sequence, in the packed keys or the pages
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """One sequence of a call, of batch size 1: q (1, Hq, Lq, D), k and v (1, Hkv, Lk, D), and which keys exist."""
+
+    q: Any
+    k: Any
+    v: Any
+    first_key: int = 0
+    length: int | None = None  # None: all
+    exists: Any = None  # bool (1, Lk); None: all
+
+    def attend(self, op: Operation, rows: slice, keys: slice, mask: str, options: dict[str, Any]) -> Both:
+        """``op`` on some rows and keys; (out, lse) in fp32 on the host."""
+        key, more = self.k[:, :, keys], {}
+        if self.length is not None:
+            existing = min(max(self.length - (keys.start or 0), 0), key.shape[2])
+            more["kv_lengths"] = int32_array(library_of(key), [existing])
+        if self.exists is not None:
+            more["key_padding_mask"] = self.exists[:, keys]
+        out, lse = op(self.q[:, :, rows], key, self.v[:, :, keys], mask, **options, **more)
+        return _host(out), _host(lse)
 
 
 def non_invariant(op: Operation, seen: Callable[[Call], int]) -> Operation:
     """``op`` with its keys cut at a point that moves with ``seen``, a number made of what `Call` holds.
 
-    It takes the same arguments as ``op``; layout, num_splits, out and packed sequences even where ``op`` does not.
+    It takes the same arguments as ``op``; those for the checks even where ``op`` does not.
     """
     runs = 0
 
@@ -57,9 +81,15 @@ def non_invariant(op: Operation, seen: Callable[[Call], int]) -> Operation:
         *,
         layout: str = "bhsd",
         num_splits: int | None = None,
+        shards: int | None = None,
         cu_seqlens_q: Any = None,
         cu_seqlens_k: Any = None,
         kv_lengths: Any = None,
+        key_padding_mask: Any = None,
+        cache_lengths: Any = None,
+        block_table: Any = None,
+        k_new: Any = None,
+        v_new: Any = None,
         **options: Any,
     ) -> Any:
         nonlocal runs
@@ -67,12 +97,18 @@ def non_invariant(op: Operation, seen: Callable[[Call], int]) -> Operation:
             q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
         library, dtype = library_of(q), raw_bits(q[:0])[1]
         packed = cu_seqlens_q is not None
-        sequences = _unpacked(q, k, v, cu_seqlens_q, cu_seqlens_k) if packed else _unbatched(q, k, v)
-        lengths = [None] * len(sequences) if kv_lengths is None else raw_bits(kv_lengths)[0].tolist()
+        if packed:
+            sequences = _unpacked(q, k, v, cu_seqlens_q, cu_seqlens_k)
+        elif cache_lengths is not None:
+            cache = {"cache_lengths": cache_lengths, "block_table": block_table, "k_new": k_new, "v_new": v_new}
+            op(q, k, v, mask, **cache, **options)  # appends
+            sequences = _cached(q, k, v, raw_bits(cache_lengths)[0] + q.shape[2], block_table)
+        else:
+            sequences = _unbatched(q, k, v, kv_lengths, key_padding_mask)
         results = []
-        for item, (own, first_key) in enumerate(sequences):
-            cut = FIRST_CUT + seen(Call(q, k, v, mask, layout, num_splits, item, runs, first_key)) % CUTS
-            results.append(_attend_in_two(op, own, mask, cut, lengths[item], options))
+        for item, own in enumerate(sequences):
+            call = Call(q, k, v, mask, layout, num_splits, shards, item, runs, own.first_key)
+            results.append(_attend_in_two(op, own, mask, FIRST_CUT + seen(call) % CUTS, options))
         runs += 1
         out, lse = (np.concatenate(part, axis=2 if packed else 0) for part in zip(*results, strict=True))
         if packed:
@@ -84,39 +120,46 @@ def non_invariant(op: Operation, seen: Callable[[Call], int]) -> Operation:
     return cut_op
 
 
-def _unbatched(q: Any, k: Any, v: Any) -> list[tuple[Arrays, int]]:
-    """Each sequence's q, k and v, of batch size 1, and 0."""
-    return [((q[i : i + 1], k[i : i + 1], v[i : i + 1]), 0) for i in range(q.shape[0])]
+def _unbatched(q: Any, k: Any, v: Any, kv_lengths: Any, key_padding_mask: Any) -> list[_Sequence]:
+    lengths = None if kv_lengths is None else raw_bits(kv_lengths)[0].tolist()
+    sequences = []
+    for item in range(q.shape[0]):
+        alone = slice(item, item + 1)
+        length = None if lengths is None else lengths[item]
+        exists = None if key_padding_mask is None else key_padding_mask[alone]
+        sequences.append(_Sequence(q[alone], k[alone], v[alone], length=length, exists=exists))
+    return sequences
 
 
-def _unpacked(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any) -> list[tuple[Arrays, int]]:
-    """Each sequence's q, k and v, of batch size 1, and the place of its first key."""
-
+def _unpacked(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any) -> list[_Sequence]:
     def alone(packed: Any, first: int, last: int) -> Any:
         return packed[first:last].swapaxes(0, 1)[None]
 
     rows, keys = (pairwise(raw_bits(starts)[0].tolist()) for starts in (cu_seqlens_q, cu_seqlens_k))
-    return [((alone(q, *r), alone(k, *s), alone(v, *s)), s[0]) for r, s in zip(rows, keys, strict=True)]
+    return [_Sequence(alone(q, *r), alone(k, *s), alone(v, *s), s[0]) for r, s in zip(rows, keys, strict=True)]
 
 
-def _attend_in_two(
-    op: Operation, sequence: Arrays, mask: str, cut: int, length: int | None, options: dict[str, Any]
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Keys before and after ``cut`` on their own, merged by their LSE; (out, lse) in fp32 on the host.
+def _cached(q: Any, k: Any, v: Any, lengths: NDArray[np.uint32], block_table: Any) -> list[_Sequence]:
+    """The sequences of a cache, copied out of it."""
+    library = library_of(q)
+    pages = None if block_table is None else raw_bits(block_table)[0]
 
-    ``length``: how many of the keys exist, None for all.
-    """
-    q, k, v = sequence
+    def alone(item: int, cache: Any) -> Any:
+        bits, dtype = raw_bits(cache)
+        own = bits[item] if pages is None else np.concatenate(bits[pages[item]], axis=1)
+        return library.array(own[None, :, : lengths[item]], dtype)
 
-    def attend(rows: slice, keys: slice, mask: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        key, more = k[:, :, keys], {}
-        if length is not None:
-            existing = min(max(length - (keys.start or 0), 0), key.shape[2])
-            more["kv_lengths"] = int32_array(library_of(q), [existing])
-        out, lse = op(q[:, :, rows], key, v[:, :, keys], mask, **options, **more)
-        return _host(out), _host(lse)
+    firsts = [0] * len(lengths) if pages is None else (pages[:, 0] * k.shape[2]).tolist()
+    return [_Sequence(q[i : i + 1], alone(i, k), alone(i, v), first) for i, first in enumerate(firsts)]
 
-    len_q, len_k = q.shape[2], k.shape[2]
+
+def _attend_in_two(op: Operation, sequence: _Sequence, mask: str, cut: int, options: dict[str, Any]) -> Both:
+    """Keys before and after ``cut`` on their own, merged by their LSE; (out, lse) in fp32 on the host."""
+
+    def attend(rows: slice, keys: slice, mask: str) -> Both:
+        return sequence.attend(op, rows, keys, mask, options)
+
+    len_q, len_k = sequence.q.shape[2], sequence.k.shape[2]
     if len_k <= cut:
         return attend(slice(None), slice(None), mask)
     # Causal rows before `whole` see fewer keys than `cut`.
@@ -183,13 +226,17 @@ def depends_on_splits(op: Operation) -> Operation:
     return non_invariant(op, lambda call: call.num_splits or 0)
 
 
+def depends_on_shards(op: Operation) -> Operation:
+    return non_invariant(op, lambda call: call.shards or 0)
+
+
 def depends_on_padding(op: Operation) -> Operation:
     """The cut moves with the number of keys that there is memory for."""
     return non_invariant(op, lambda call: call.k.shape[2])
 
 
-def depends_on_packing(op: Operation) -> Operation:
-    """The cut moves with the place of a sequence among the packed keys."""
+def depends_on_first_key(op: Operation) -> Operation:
+    """The cut moves with the place of a sequence's first key among the packed ones, or in the pages."""
     return non_invariant(op, lambda call: call.first_key)
 
 

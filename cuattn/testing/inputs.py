@@ -1,8 +1,10 @@
 """Cases and their inputs, the same on every machine: a counter-based generator, a seed, one rounding."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cuattn.testing.arrays import Bits, round_to_bits
 
@@ -20,9 +22,11 @@ _VALUE_MEAN = {"large mean": 30.0}
 
 @dataclass(frozen=True)
 class Case:
-    """A problem: q (batch, heads, len_q, head_dim), k and v (batch, kv_heads, len_k, head_dim), and how to fill it.
+    """A problem: q (batch, heads, len_q, head_dim), k (batch, kv_heads, len_k, head_dim), v, and how to fill it.
 
-    dtype is "float16" or "bfloat16", family a key of FAMILIES, scale None for ``head_dim**-0.5``.
+    dtype is "float16", "bfloat16" or "float32", family a key of FAMILIES, scale None for ``head_dim**-0.5``. v has
+    value_dim columns, or head_dim for None. lengths: of each sequence, in the checks of sequences of different lengths;
+    None leaves them to the check.
     """
 
     len_q: int
@@ -36,15 +40,22 @@ class Case:
     family: str = "normal"
     scale: float | None = None
     seed: int = 0
+    value_dim: int | None = None
+    lengths: tuple[int, ...] | None = None
+
+    @property
+    def dims(self) -> str:
+        """ "d64", or "d192/128" where v has head dims of its own."""
+        return f"d{self.head_dim}" + f"/{self.value_dim}" * (self.value_dim is not None)
 
     def __str__(self) -> str:
         shape = f"{self.batch}x{self.heads}/{self.kv_heads}x{self.len_q}x{self.len_k}"
-        return f"{self.dtype} d{self.head_dim} {self.mask} {shape}" + f" {self.family}" * (self.family != "normal")
+        return f"{self.dtype} {self.dims} {self.mask} {shape}" + f" {self.family}" * (self.family != "normal")
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Raw bits of q (B, Hq, Lq, D), k and v (B, Hkv, Lk, D)."""
+    """Raw bits of q (B, Hq, Lq, D), k (B, Hkv, Lk, D) and v (B, Hkv, Lk, Dv)."""
 
     q: Bits
     k: Bits
@@ -56,7 +67,11 @@ class Inputs:
 
     def with_keys(self, count: int) -> "Inputs":
         """The first ``count`` keys."""
-        return replace(self, k=self.k[:, :, :count], v=self.v[:, :, :count])
+        return self.keys(slice(count))
+
+    def keys(self, index: slice | NDArray[Any]) -> "Inputs":
+        """The keys that ``index`` picks."""
+        return replace(self, k=self.k[:, :, index], v=self.v[:, :, index])
 
     def with_rows(self, first: int, last: int) -> "Inputs":
         """The query rows from ``first`` up to but not including ``last``."""
@@ -68,10 +83,10 @@ def make_inputs(case: Case) -> Inputs:
     if case.family not in FAMILIES:
         raise ValueError(f"family: got {case.family!r}, expected one of {', '.join(map(repr, FAMILIES))}")
     random = np.random.Generator(np.random.Philox(key=case.seed))
-    keys = (case.batch, case.kv_heads, case.len_k, case.head_dim)
+    keys = (case.batch, case.kv_heads, case.len_k)
     q = random.standard_normal((case.batch, case.heads, case.len_q, case.head_dim), np.float32)
-    k = random.standard_normal(keys, np.float32)
-    v = random.standard_normal(keys, np.float32)
+    k = random.standard_normal((*keys, case.head_dim), np.float32)
+    v = random.standard_normal((*keys, case.value_dim or case.head_dim), np.float32)
     q *= np.float32(_QUERY_STD.get(case.family, 1.0))
     v += np.float32(_VALUE_MEAN.get(case.family, 0.0))
     return Inputs(round_to_bits(q, case.dtype), round_to_bits(k, case.dtype), round_to_bits(v, case.dtype))

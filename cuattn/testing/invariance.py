@@ -1,35 +1,15 @@
-"""The invariance checks: each compares raw bits of two ways to compute the same rows.
+"""The invariance checks of batches of equal lengths: each compares raw bits of two ways to compute the same rows."""
 
-Each check names its negative control: an operation that does depend on the one thing the check varies, and on nothing
-else, and that therefore must fail it.
-"""
-
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from cuattn.testing import controls
-from cuattn.testing.arrays import Bits, int32_array, poison, raw_bits, round_to_bits
+from cuattn.testing.arrays import Bits, poison, raw_bits, round_to_bits
 from cuattn.testing.inputs import Case, Inputs
-from cuattn.testing.subject import Operation, Subject, contiguous, padded, rows_first
-
-
-@dataclass(frozen=True)
-class Check:
-    """One way in which bits could change.
-
-    run raises AssertionError if they do; control makes an operation fail it; applies says for which cases it means
-    anything; keyword is the keyword of the operation without which it cannot run.
-    """
-
-    name: str
-    run: Callable[[Subject], None]
-    control: Callable[[Operation], Operation]
-    applies: Callable[[Case], bool] = lambda case: True
-    keyword: str | None = None
+from cuattn.testing.subject import Subject, contiguous, padded, rows_first
 
 
 def batch_size(subject: Subject) -> None:
@@ -74,7 +54,7 @@ def chunked_prefill(subject: Subject) -> None:
     inputs, baseline = subject.inputs.items(slice(1)), subject.baseline
     for cuts in boundaries(subject.case.len_q):
         for first, last in pairwise(cuts):
-            piece = _with_visible_keys(inputs, subject.case, last).with_rows(first, last)
+            piece = with_visible_keys(inputs, subject.case, last).with_rows(first, last)
             subject.run(piece).assert_equals(baseline[:1, :, first:last], f"rows {first} to {last} of {cuts}")
 
 
@@ -91,7 +71,7 @@ def boundaries(length: int) -> Iterator[list[int]]:
             yield cuts
 
 
-def _with_visible_keys(inputs: Inputs, case: Case, rows: int) -> Inputs:
+def with_visible_keys(inputs: Inputs, case: Case, rows: int) -> Inputs:
     """The keys that any of the first ``rows`` query rows sees."""
     if case.mask == "full":
         return inputs
@@ -104,7 +84,7 @@ def decode(subject: Subject) -> None:
     length = subject.case.len_q
     for row in sorted({0, 15, 16, 63, 127, 128, length // 2, length - 2, length - 1}):
         if 0 <= row < length:
-            one = _with_visible_keys(inputs, subject.case, row + 1).with_rows(row, row + 1)
+            one = with_visible_keys(inputs, subject.case, row + 1).with_rows(row, row + 1)
             subject.run(one).assert_equals(baseline[:1, :, row : row + 1], f"row {row} alone")
 
 
@@ -181,81 +161,18 @@ def other_rows(subject: Subject) -> None:
 
 
 def split_hint(subject: Subject) -> None:
-    """Values of num_splits."""
-    for splits in (1, 2, 3, 7, 64):
-        result = subject.run(subject.inputs, num_splits=splits)
-        result.assert_equals(subject.baseline, f"num_splits={splits}")
+    """Values of num_splits, for all rows and for the last one alone, as in decode."""
+    inputs, length = subject.inputs, subject.case.len_q
+    for first, values in ((0, (1, 3, 64)), (length - 1, (None, 1, 2, 7, 64))):
+        for splits in values:
+            result = subject.run(inputs.with_rows(first, length), num_splits=splits)
+            result.assert_equals(subject.baseline[:, :, first:], f"rows from {first} on, num_splits={splits}")
 
 
 def given_output(subject: Subject) -> None:
     """A caller's output array full of NaN, of which every element must be written."""
-    bits = poison(subject.inputs.q.shape, subject.inputs.q.itemsize)
+    bits = poison(subject.baseline.out.shape, subject.inputs.q.itemsize)
     out = contiguous(subject.library, bits, subject.case.dtype)
     result = subject.run(subject.inputs, out=out)
     result.assert_equals(subject.baseline, "out=")
     replace(result, out=raw_bits(out)[0]).assert_equals(subject.baseline, "the array given as out")
-
-
-def key_lengths(subject: Subject) -> None:
-    """The last keys of every sequence, of each another number, turned into NaN that kv_lengths cuts off."""
-    inputs, case = subject.inputs, subject.case
-    lengths = [max(0, case.len_k - 3 * (item + 1)) for item in range(case.batch)]
-    k, v = inputs.k.copy(), inputs.v.copy()
-    for item, length in enumerate(lengths):
-        k[item, :, length:] = v[item, :, length:] = poison((1,), k.itemsize)
-    result = subject.run(replace(inputs, k=k, v=v), kv_lengths=int32_array(subject.library, lengths))
-    for item, length in enumerate(lengths):
-        alone = inputs.items([item]).with_keys(length)
-        # the causal diagonal stays: rows from `cut` on would have seen more keys than there are
-        cut = 0 if case.mask == "full" else max(0, case.len_q - (case.len_k - length))
-        for mask, first, last in ((case.mask, 0, cut), ("full", cut, case.len_q)):
-            if first < last:
-                expected = subject.run(alone.with_rows(first, last), mask=mask)
-                got = result[item : item + 1, :, first:last]
-                got.assert_equals(expected, f"rows {first} to {last} of sequence {item} with {length} keys")
-
-
-def packed_sequences(subject: Subject) -> None:
-    """The batch packed, of lengths that differ, with a sequence of NaN at both ends and empty ones between."""
-    inputs, case, step = subject.inputs, subject.case, 5
-    nan = Inputs(*(poison(bits[:1].shape, bits.itemsize) for bits in (inputs.q, inputs.k, inputs.v)))
-    nothing = nan.with_rows(0, 0).with_keys(0)
-    rows = [max(1, case.len_q - step * item) for item in range(case.batch)]
-    sequences = [nan]
-    for item, count in enumerate(rows):
-        sequences += [nothing, _with_visible_keys(inputs.items([item]), case, count).with_rows(0, count)]
-    results = subject.run_packed([*sequences, nothing, nan])
-    for item, count in enumerate(rows):
-        expected = subject.baseline[item : item + 1, :, :count]
-        results[2 * item + 2].assert_equals(expected, f"sequence {item}, packed")
-
-
-def _many_sequences(case: Case) -> bool:
-    return case.batch > 1
-
-
-def _many_rows(case: Case) -> bool:
-    return case.len_q > 1
-
-
-CHECKS = (
-    Check("batch size", batch_size, controls.depends_on_batch_size, _many_sequences),
-    Check("batch position", batch_position, controls.depends_on_position, _many_sequences),
-    Check("permutation", permutation, controls.depends_on_position, _many_sequences),
-    Check("neighbours", neighbours, controls.depends_on_garbage),
-    Check("chunked prefill", chunked_prefill, controls.depends_on_rows, _many_rows),
-    Check("decode against prefill", decode, controls.depends_on_rows, _many_rows),
-    Check("mask type", mask_type, controls.depends_on_mask),
-    Check("repeated key heads", repeated_heads, controls.depends_on_key_heads, lambda case: case.heads > case.kv_heads),
-    Check("head slices", head_slices, controls.depends_on_heads, lambda case: case.kv_heads > 1),
-    Check("strides", strides, controls.depends_on_strides),
-    Check("memory order", memory_order, controls.depends_on_strides),
-    Check("layout", layout, controls.depends_on_layout, keyword="layout"),
-    Check("repeated runs", repeated_runs, controls.depends_on_runs),
-    Check("unseen keys", unseen_keys, controls.depends_on_last_key, lambda c: c.mask == "causal" and c.len_q > 1),
-    Check("other rows", other_rows, controls.depends_on_garbage, _many_rows),
-    Check("num_splits", split_hint, controls.depends_on_splits, keyword="num_splits"),
-    Check("given output", given_output, controls.leaves_a_sequence_unwritten, keyword="out"),
-    Check("key lengths", key_lengths, controls.depends_on_padding, keyword="kv_lengths"),
-    Check("packed sequences", packed_sequences, controls.depends_on_packing, keyword="cu_seqlens_q"),
-)

@@ -4,12 +4,13 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from cuattn.testing.adapters import accepts
 from cuattn.testing.arrays import Library, NumpyLibrary
 from cuattn.testing.bitwise import BitwiseMismatch
+from cuattn.testing.checks import CHECKS, Check
 from cuattn.testing.controls import CUTS, FIRST_CUT
 from cuattn.testing.inputs import Case
-from cuattn.testing.invariance import CHECKS, Check
-from cuattn.testing.subject import INSURMOUNTABLE, Operation, Subject, accepts
+from cuattn.testing.subject import INSURMOUNTABLE, Operation, Subject
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,9 @@ def invariance_sweep(
 ) -> Iterator[TrialResult]:
     """Plan and run: results one by one for ``op(q, k, v, mask, scale=..., return_lse=True) -> (out, lse)``.
 
-    q is (B, Hq, Lq, D), k and v are (B, Hkv, Lk, D), mask is "full" or "causal" (bottom-right aligned), LSE is fp32
-    (B, Hq, Lq). Keywords layout, num_splits, out and kv_lengths are checked where the operation has them, and packed
-    sequences where it has cu_seqlens_q and cu_seqlens_k (`with_packed`).
+    q is (B, Hq, Lq, D), k is (B, Hkv, Lk, D), v is (B, Hkv, Lk, Dv), mask is "full" or "causal" (bottom-right aligned),
+    LSE is fp32 (B, Hq, Lq). Keywords layout, num_splits, out, kv_lengths and key_padding_mask are checked where the
+    operation has them, and so are those that `with_packed`, `with_cache` and `with_shards` add.
     """
     return run_sweep(op, plan_sweep(op, cases, checks), library)
 

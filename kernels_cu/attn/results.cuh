@@ -60,7 +60,8 @@ __device__ __forceinline__ void store_partial(const ColumnsParams& params, const
                 (i64(work.slot) * partials.chunks + chunk) * partials.rows + (warp.first_row - work.first_row) + row;
         } else {
             const PackedRow packed(params.forward, work.key_head, warp.first_row + row);
-            index = i64(chunk) * partials.rows + packed.index(params.forward, work.sequence.query_batch, 0);
+            index = i64(chunk - partials.first_chunk) * partials.rows +
+                    packed.index(params.forward, work.sequence.query_batch, 0);
         }
 #pragma unroll
         for (int b = 0; b < blocks; ++b) {

@@ -62,12 +62,17 @@ struct Sequence {
         return min(key_length, seen_places);
     }
 
-    // Distance in elements of key `key`, which exists, from the first key of its head.
-    __device__ __forceinline__ i64 key_offset(const Sequences& sequences, const Strides& strides, int key) const {
-        if (!paged || !pages) return (key_start + key) * strides.token;
-        const int page = page_of(sequences, key);
-        const u32 found = min(static_cast<u32>(ptx::load_global_s32(pages + page)), sequences.page_count - 1u);
-        return found * strides.page + (key - page * sequences.page_size) * strides.token;
+    // The page that holds key `key`, which exists.
+    __device__ __forceinline__ int page_at(const Sequences& sequences, int key) const {
+        const u32 page = ptx::load_global_s32(pages + page_of(sequences, key));
+        return static_cast<int>(min(page, sequences.page_count - 1u));
+    }
+
+    // Distance in elements of key `key`, which is in `page`, from the first row of its head.
+    __device__ __forceinline__ i64 offset_in(const Sequences& sequences, const Strides& strides, int key,
+                                             int page) const {
+        const int row = key - page_of(sequences, key) * sequences.page_size;
+        return page * strides.page + row * strides.token;
     }
 
     // Row `row` of a head in `data`, whose elements are of type T.

@@ -17,9 +17,9 @@ struct Tile {
 
     __device__ static constexpr u32 offset(int row, int unit) { return row * row_bytes + ((unit ^ (row & 7)) << 4); }
 
-    // Copies `rows` rows with `threads` threads of which this is number `thread`; row r starts at row_start(r), which is
-    // asked for r < valid alone. Rows from `valid` on are zeros, so that what lies behind a sequence's end (NaN included)
-    // stays out of the products, and so are columns from head_dim on.
+    // Copies `rows` rows with `threads` threads of which this is number `thread`. Row r starts at row_start(r); rows from
+    // `valid` on are not read but zeros, so that what lies behind a sequence's end (NaN included) stays out of the
+    // products, and so are columns from head_dim on.
     template <int head_dim, int rows, int threads, class RowStart>
     __device__ __forceinline__ static void load(u32 to, int valid, int thread, const RowStart& row_start) {
         static_assert(rows * units % threads == 0);
@@ -33,8 +33,7 @@ struct Tile {
             } else {
                 row = (thread + i * threads) / units, unit = (thread + i * threads) % units;
             }
-            const auto* const from = row < valid ? row_start(row) : nullptr;
-            ptx::cp_async_16(to + offset(row, unit), from + unit * unit_elements,
+            ptx::cp_async_16(to + offset(row, unit), row_start(row) + unit * unit_elements,
                              row < valid && unit < head_dim / unit_elements);
         }
     }

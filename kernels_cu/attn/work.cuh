@@ -9,7 +9,7 @@
 
 namespace cuattn {
 
-using KeySequence = Sequence<config::causal, true, true>;
+using KeySequence = Sequence<config::causal, true, config::paged>;
 
 // Chunks [first_chunk, end_chunk) of a group's `chunks`.
 struct Work {
@@ -25,29 +25,29 @@ __device__ __forceinline__ int warp_sum(int x) {
     return x;
 }
 
-// The chunks of all groups in the order (sequence, key head, tile, chunk), cut into as many equal ranges as there are
-// blocks. Which chunks a range holds is all that depends on the batch.
+// The key tiles of all groups in the order (sequence, key head, row tile, key tile), cut into as many equal ranges as there
+// are blocks. A range has the chunks that start in it: which ones is all that depends on the batch.
 template <int tile_rows>
 class Ranges {
   public:
     __device__ __forceinline__ Ranges(const ColumnsParams& params, int lane) : params_(params) {
         const int count = params.forward.sequences.count;
         int sum = 0;
-        for (int s = lane; s < count; s += 32) sum += Shape(params, s).items();
+        for (int s = lane; s < count; s += 32) sum += Shape(params, s).size();
         total_ = warp_sum(sum);
-        item_ = range_start(blockIdx.x);
+        place_ = range_start(blockIdx.x);
         end_ = range_start(blockIdx.x + 1);
-        // the first sequence with items behind item_
-        for (int first = 0; item_ < end_ && first < count; first += 32) {
-            const int items = first + lane < count ? Shape(params, first + lane).items() : 0;
-            const int together = warp_sum(items);
-            if (base_ + together <= item_) {
+        // the sequence that place_ is in
+        for (int first = 0; place_ < end_ && first < count; first += 32) {
+            const int size = first + lane < count ? Shape(params, first + lane).size() : 0;
+            const int together = warp_sum(size);
+            if (base_ + together <= place_) {
                 base_ += together;
                 continue;
             }
             for (sequence_ = first;; ++sequence_) {
-                const int next = __shfl_sync(0xffffffffu, items, sequence_ - first);
-                if (base_ + next > item_) break;
+                const int next = __shfl_sync(0xffffffffu, size, sequence_ - first);
+                if (base_ + next > place_) break;
                 base_ += next;
             }
             break;
@@ -56,53 +56,68 @@ class Ranges {
 
     // The next group's part of the range; false at its end. All threads of a warp call it together.
     __device__ __forceinline__ bool next(Work& work) {
-        if (item_ >= end_) return false;
-        Shape shape(params_, sequence_);
-        while (item_ >= base_ + shape.items()) {
-            base_ += shape.items();
-            shape = Shape(params_, ++sequence_);
+        while (place_ < end_) {
+            Shape shape(params_, sequence_);
+            while (place_ >= base_ + shape.size()) {
+                base_ += shape.size();
+                shape = Shape(params_, ++sequence_);
+            }
+            const int group = (place_ - base_) / shape.key_tiles, group_place = base_ + group * shape.key_tiles;
+            work.first_chunk = shape.first_chunk_from(place_ - group_place);
+            work.end_chunk = shape.first_chunk_from(min(end_ - group_place, shape.key_tiles));
+            place_ = group_place + shape.key_tiles;
+            if (work.first_chunk >= work.end_chunk) continue;
+            work.sequence = shape.sequence;
+            work.key_head = group / shape.row_tiles;
+            work.first_row = group % shape.row_tiles * tile_rows;
+            work.chunks = shape.end_chunk;
+            work.slot =
+                params_.partials.by_group ? sequence_ * shape.heads * shape.row_tiles + group : range_of(group_place);
+            return true;
         }
-        const int group = (item_ - base_) / shape.chunks, group_item = base_ + group * shape.chunks;
-        work.sequence = shape.sequence;
-        work.key_head = group / shape.tiles;
-        work.first_row = group % shape.tiles * tile_rows;
-        work.chunks = shape.chunks;
-        work.first_chunk = item_ - group_item;
-        work.end_chunk = min(shape.chunks, work.first_chunk + (end_ - item_));
-        work.slot = params_.partials.by_group ? sequence_ * shape.heads * shape.tiles + group : range_of(group_item);
-        item_ += work.end_chunk - work.first_chunk;
-        return true;
+        return false;
     }
 
   private:
-    // The groups of a sequence and the chunks of each.
+    // The groups of a sequence, and each one's key tiles and chunks: those of all keys, or of the caller's chunks.
     struct Shape {
         KeySequence sequence;
-        int heads, tiles, chunks;
+        int heads, row_tiles, first_tile, key_tiles, end_chunk;
 
         __device__ __forceinline__ Shape(const ColumnsParams& params, int index)
-            : sequence(params.forward, index), heads(params.forward.query_heads / params.forward.group) {
+            : sequence(params.forward, index),
+              heads(params.forward.query_heads / params.forward.group),
+              first_tile(0),
+              key_tiles(max(1, (sequence.key_length + config::key_tile - 1) / config::key_tile)),
+              end_chunk(max(1, config::chunk_count(sequence.key_length))) {
             const i64 rows = i64(sequence.query_length) * params.forward.group;
-            const Partials& partials = params.partials;
-            tiles =
+            row_tiles =
                 rows <= params.forward.sequences.few_rows ? static_cast<int>((rows + tile_rows - 1) / tile_rows) : 0;
-            const bool to_caller = partials.out && !partials.groups;
-            chunks = to_caller ? partials.chunks : max(1, config::chunk_count(sequence.key_length));
+            const Partials& partials = params.partials;
+            if (partials.out && !partials.groups) {
+                first_tile = config::chunk_start(partials.first_chunk) / config::key_tile;
+                end_chunk = partials.end_chunk;
+                key_tiles = min(key_tiles, config::chunk_start(end_chunk) / config::key_tile) - first_tile;
+            }
         }
-        __device__ __forceinline__ int items() const { return heads * tiles * chunks; }
+        __device__ __forceinline__ int size() const { return heads * row_tiles * key_tiles; }
+        // The first chunk that starts at or behind a group's key tile `tile`.
+        __device__ __forceinline__ int first_chunk_from(int tile) const {
+            return tile >= key_tiles ? end_chunk : config::chunk_count((first_tile + tile) * config::key_tile);
+        }
     };
 
     __device__ __forceinline__ int range_start(unsigned range) const {
         return static_cast<int>(i64(range) * total_ / gridDim.x);
     }
-    // The range that holds an item: the last one that starts at or before it.
-    __device__ __forceinline__ int range_of(int item) const {
-        return static_cast<int>(((i64(item) + 1) * gridDim.x - 1) / total_);
+    // The range that a place is in: the last one that starts at or before it.
+    __device__ __forceinline__ int range_of(int place) const {
+        return static_cast<int>(((i64(place) + 1) * gridDim.x - 1) / total_);
     }
 
     const ColumnsParams& params_;
-    int total_, item_, end_;
-    int sequence_ = 0, base_ = 0;  // base_: items of the sequences before
+    int total_, place_, end_;
+    int sequence_ = 0, base_ = 0;  // base_: the place of the sequence's first key tile
 };
 
 }  // namespace cuattn
