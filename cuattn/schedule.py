@@ -84,6 +84,17 @@ def plan_forward(problem: Problem, out: Tensor, lse: Tensor, target: Target, all
     return launches
 
 
+def spread(groups: int, splits: int, blocks: int) -> int:
+    """Blocks for groups of rows of which each can be cut into ``splits`` parts at most, on a device that runs
+    ``blocks`` at a time.
+
+    A chunk is never cut, so parts shorter than one would leave multiprocessors idle; and parts that start where a group
+    does end evenly. Where that leaves more than a tenth of the device idle, ranges run across groups.
+    """
+    even = groups * min(splits, max(1, blocks // max(1, groups)))
+    return even if even == groups * splits or 0.9 * blocks <= even <= blocks else blocks
+
+
 def plan_partials(
     problem: Problem, partials: dict[str, Tensor], first_chunk: int, total_keys: int, target: Target
 ) -> Launch:
@@ -238,25 +249,29 @@ class _Attend:
         tiles = self._tiles(config.row_tile, problem.group)
         groups = problem.batch * problem.key_heads * tiles
         chunks = max(1, contract.chunk_count(self.key_length))
-        blocks = self.target.processors * config.blocks_per_multiprocessor
-        if problem.num_splits is not None:
-            blocks = problem.num_splits * groups
-        blocks = min(blocks, groups * chunks, LARGEST_GRID)
-        self.params.query_tiles = tiles
-        self.params.sequences.few_rows = few_rows
         key_tiles = max(1, -(-self.key_length // config.key_tile))
         if groups * key_tiles > LARGEST_GRID:
             raise ValueError(
                 f"q: got {groups * key_tiles} tiles of {config.row_tile} rows and {config.key_tile} keys, expected at "
                 f"most {LARGEST_GRID} where few rows or num_splits are given"
             )
+        if problem.num_splits is not None:
+            blocks = problem.num_splits * groups
+        else:
+            longest = contract.chunk_length(contract.chunk_start(chunks - 1)) // config.key_tile
+            most = self.target.processors * config.blocks_per_multiprocessor
+            blocks = spread(groups, max(1, key_tiles // longest), most)
+        blocks = min(blocks, groups * chunks, LARGEST_GRID)
+        self.params.query_tiles = tiles
+        self.params.sequences.few_rows = few_rows
         if blocks == 0:
             return []
         rows = config.row_tile if self.packed else min(config.row_tile, problem.query_length * problem.group)
+        even = problem.sequences is None and not self.tables  # every group has as many key tiles
         by_group = not self.packed and groups < blocks
         slots = groups if by_group else blocks
         scratch: dict[str, Tensor] = {}
-        if chunks > 1:
+        if chunks > 1 and not (even and groups % blocks == 0):
             scratch = _partial_tensors(slots * chunks, rows, problem.value_dim, allocate)
             scratch["groups"] = allocate((slots, GROUP_FIELDS), "int32")
         partials = _partial_params(scratch, chunks, rows, by_group=by_group)

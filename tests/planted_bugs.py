@@ -20,7 +20,8 @@ class Bug(NamedTuple):
 
 
 FORWARD, EPILOGUE, SOFTMAX = "forward_sm80.cuh", "attn/epilogue.cuh", "attn/softmax.cuh"
-COLUMNS, COMBINE, WORK = "forward_columns.cuh", "combine.cuh", "attn/work.cuh"
+COLUMNS, COMBINE = "forward_columns.cuh", "combine.cuh"
+PLACES, WORK = "attn/places.cuh", "attn/work.cuh"
 APPEND, SCAN = "append_kv.cuh", "scan_mask.cuh"
 STORE_ROW = "ptx::store_global_u32x4(row_out + row * stride + unit * 8,"
 KERNEL_START = "SharedMemory& shared = *static_cast<SharedMemory*>(ptx::dynamic_shared());"
@@ -51,9 +52,9 @@ BUGS = {
         FORWARD, "load(block_step + lookahead);", "load(block_step + lookahead + 1);", UNORDERED
     ),
     "reads behind the last key": Bug(
-        FORWARD,
-        "key_length - first_key, thread",
-        "key_length * 0 + key_tile, thread",
+        PLACES,
+        "existing = sequence_.key_length - start;",
+        "existing = rows;",
         r"cp\.async of 16 bytes .* outside of every tensor .*k \d+ of 38400",
     ),
     "reads behind the last query": Bug(
@@ -180,7 +181,7 @@ BUGS = {
     ),
     "partial results in another block's place": Bug(
         WORK,
-        ": range_of(group_item)",
+        ": range_of(group_place)",
         ": int(blockIdx.x)",
         "has not been written there",
         FewRows(batch=4, len_q=1),
@@ -207,7 +208,7 @@ BUGS = {
         FewRows(page_size=16, wrong_page=True),
     ),
     "places of one tile alone": Bug(
-        "attn/places.cuh",
+        PLACES,
         "tables_ + (tile % tiles * key_tile + threadIdx.x) * 4",
         "tables_ + threadIdx.x * 4",
         UNORDERED,

@@ -1,6 +1,5 @@
 """The command ``cuattn``."""
 
-import io
 import json
 import subprocess
 import sys
@@ -8,14 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from stand_ins import moving_chunks, with_keywords
 
 import cuattn
 from cuattn import env
 from cuattn.cli import check, libraries, machine, main
-from cuattn.cli.report import PlainReporter, Reporter, RichReporter, Table, counted, make_reporter
+from cuattn.cli.report import counted
 from cuattn.config import ForwardConfig
 from cuattn.errors import CompileError, MissingDependencyError
 from cuattn.jit import Precompiled
@@ -62,7 +60,12 @@ class TestCheck:
         assert text.endswith(f"negative control: {checks} of {checks} checks failed as they must\n")
 
     @pytest.mark.usefixtures("few_cases")
-    def test_the_emulator(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_the_emulator(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        def without_keywords(*args: Any, scale: float | None = None, return_lse: bool = False) -> Any:
+            return cuattn.attention(*args, scale=scale, return_lse=return_lse)
+
+        monkeypatch.setattr(check, "attention", without_keywords)  # whose checks need more kernels
+        monkeypatch.setattr(check, "accuracy_cases", lambda **variants: iter(ACCURACY_CASES[:1]))
         assert main(["check", "--backend", "emulator", "--arch", "sm_90a"]) == 0
         assert "backend emulator sm_90a, " in capsys.readouterr().out
 
@@ -347,47 +350,6 @@ class TestKernels:
     def test_commands_are_required(self) -> None:
         usage_error()
         usage_error("cache")
-
-
-class TestReporters:
-    TABLE = Table("Title", ("a", "long column"), [("first", "1"), ("second", "[bold]")], [True, False])
-
-    @pytest.mark.parametrize("kind", [PlainReporter, RichReporter])
-    def test_both_say_the_same(self, kind: type[PlainReporter | RichReporter]) -> None:
-        stream = io.StringIO()
-        reporter: Reporter = kind(stream)
-        reporter.table(self.TABLE)
-        reporter.line("a line [with] brackets " + "x" * 200, good=False)
-        assert list(reporter.track(iter("abc"), 3, "letters")) == ["a", "b", "c"]
-        lines = [line.rstrip() for line in stream.getvalue().splitlines()]
-        words = [line.split() for line in lines if line.strip()]
-        assert words[0] == ["Title"]
-        assert words[1] == ["a", "long", "column"]
-        assert words[3:5] == [["first", "1"], ["second", "[bold]"]]
-        assert "a line [with] brackets " + "x" * 200 in lines
-        assert "\x1b" not in stream.getvalue()
-
-    def test_rich_progress_is_shown_on_a_terminal_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        stream = io.StringIO()
-        assert list(RichReporter(stream).track(range(2), 2, "letters")) == [0, 1]
-        assert stream.getvalue() == ""
-        monkeypatch.setattr(stream, "isatty", lambda: True)
-        monkeypatch.setenv("TERM", "xterm")
-        assert list(RichReporter(stream).track(range(2), 2, "letters")) == [0, 1]
-        assert "letters" in stream.getvalue()
-
-    def test_plain_progress_is_shown_on_a_terminal_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        stream = io.StringIO()
-        list(PlainReporter(stream).track(range(2), 2, "letters"))
-        assert stream.getvalue() == ""
-        monkeypatch.setattr(stream, "isatty", lambda: True)
-        list(PlainReporter(stream).track(range(2), 2, "letters"))
-        assert "\rletters: 2 of 2 " in stream.getvalue()
-
-    def test_rich_is_taken_where_it_is_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert isinstance(make_reporter(), RichReporter)
-        monkeypatch.setitem(sys.modules, "rich.console", None)
-        assert isinstance(make_reporter(), PlainReporter)
 
 
 def test_as_a_module_and_without_heavy_imports() -> None:

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cuattn import testing
-from cuattn.config import ForwardConfig
+from cuattn.config import few_rows, many_rows
 from cuattn.reference.gold import visible_keys
 from cuattn.testing import CHECKS, Case, Subject, TorchLibrary
 from cuattn.testing.inputs import Inputs
@@ -41,12 +41,13 @@ def test_sweep(backend: tuple[str, str | None], size: str, dtype: str, head_dim:
 def cases(draw: st.DrawFn) -> Case:
     """Any small problem."""
     kv_heads = draw(st.integers(1, 2))
+    dtype, head_dim = draw(st.sampled_from([("float16", 64), ("bfloat16", 128), ("float32", 64)]))
     return Case(
         len_q=draw(st.integers(1, 70)),
         len_k=draw(st.integers(0, 150) | st.integers(500, 530)),
         mask=draw(st.sampled_from(["full", "causal"])),
-        dtype=draw(st.sampled_from(["float16", "bfloat16"])),
-        head_dim=draw(st.sampled_from([64, 128])),
+        dtype=dtype,
+        head_dim=head_dim,
         batch=draw(st.integers(1, 3)),
         heads=kv_heads * draw(st.integers(1, 3)),
         kv_heads=kv_heads,
@@ -81,15 +82,24 @@ def test_rows_alone(attention: Operation, case: Case, data: st.DataObject) -> No
         whole.run(one, mask=mask).assert_equals(expected[:, :, -1:], f"row {last - 1} with mask {mask}")
 
 
-@pytest.mark.parametrize(("arch", "other"), [("sm_80", "sm_86"), ("sm_90a", "sm_120")])
-@pytest.mark.parametrize(("dtype", "mask"), [("float16", "causal"), ("bfloat16", "full")])
-def test_tilings(arch: str, other: str, dtype: str, mask: str) -> None:
+@pytest.mark.parametrize(
+    ("arch", "other", "dtype", "head_dim", "mask"),
+    [
+        ("sm_80", "sm_86", "float16", 128, "causal"),
+        ("sm_90a", "sm_120", "bfloat16", 128, "full"),
+        ("sm_80", "sm_86", "bfloat16", 256, "full"),
+        ("sm_90a", "sm_120", "float32", 256, "causal"),
+    ],
+)
+def test_tilings(arch: str, other: str, dtype: str, head_dim: int, mask: str) -> None:
     """Architectures with one model of tensor cores, rows per block and ring depth of their own: the same bits."""
-    configs = [ForwardConfig(128, mask, dtype, a) for a in (arch, other)]
-    assert configs[0].query_tile != configs[1].query_tile
-    assert configs[0].ring_slots != configs[1].ring_slots
+    shape = (head_dim, head_dim, mask, dtype)
+    many = [many_rows(*shape, a, ragged=False, paged=False) for a in (arch, other)]
+    few = [few_rows(*shape, a, paged=False) for a in (arch, other)]
+    assert many[0].threads != many[1].threads
+    assert few[0].ring_slots != few[1].ring_slots or few[0].slot_keys != few[1].slot_keys
     for len_q, len_k in ((150, 600), (33, 2100), (300, 90)):
-        case = Case(len_q, len_k, mask, dtype, 128, family="peaked 8")
+        case = Case(len_q, len_k, mask, dtype, head_dim, family="peaked 8")
         mine, its = (Subject(attention_on(("emulator", a)), TorchLibrary(), case) for a in (arch, other))
         mine.baseline.assert_equals(its.baseline, f"{arch} against {other}, {case}")
 

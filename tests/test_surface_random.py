@@ -59,8 +59,8 @@ def test_reference(case: Surface) -> None:
         case.check(TORCH)
 
 
-@settings(max_examples=12, **unhurried)
-@given(case=surfaces(st.sampled_from(EMULATED), most_rows=40))
+@settings(max_examples=10, **unhurried)
+@given(case=surfaces(st.sampled_from(EMULATED), most_rows=20))
 def test_emulator(case: Surface) -> None:
     with cuattn.use_backend(*SM_80):
         case.check(TORCH)

@@ -1,4 +1,4 @@
-"""Four prompts, 59 tokens: alone, packed, padded on either side, in chunks or in another order, the bits are the same."""
+"""Four prompts, 59 tokens: alone, packed, padded on either side, in chunks, in another order: the same bits."""
 
 from collections.abc import Callable
 from functools import partial

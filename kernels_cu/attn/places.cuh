@@ -58,9 +58,9 @@ class KeyRows {
         const int start = tile * key_tile + first, existing = sequence_.key_length - start;
         if constexpr (paged) {
             const u32 places = tables_ + ((values ? tiles : 0) + tile % tiles) * (key_tile * 4) + first * 4;
-            Tile::template load<columns, rows, threads>(to, existing, threadIdx.x, [&](int row) {
-                return head + static_cast<i64>(ptx::load_shared_u32(places + row * 4)) * unit;
-            });
+            Tile::template load<columns, rows, threads>(
+                to, existing, threadIdx.x, [&](int row) { return ptx::load_shared_u32(places + row * 4); },
+                [&](u32 place) { return head + static_cast<i64>(place) * unit; });
         } else {
             const i64 stride = values ? params_.value_strides.token : params_.key_strides.token;
             const Element* const from = head + start * stride;
