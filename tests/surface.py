@@ -22,8 +22,17 @@ CACHED = ("cache", "append", "packed cache", "packed append")
 WAYS = (*PADDED, "packed", *CACHED)
 PAGE_SIZES = (None, 1, 16, 48, 256)
 LARGEST = {"float16": 65504.0, "bfloat16": 3.3895314e38, "float32": 3.4028235e38}
-#: A place of a padded batch, or of a cache, behind the last key.
+#: Places of a padded batch, or of a cache, behind the last key.
 SLACK = 7
+#: What two calls for the same sequences may differ in; ``turn`` is that of `arranged`.
+ASKED: dict[str, tuple[Any, ...]] = {
+    "way": WAYS,
+    "rows": (1, 3, 64, 257),
+    "num_splits": (1, 2, 3, 7, 64, None),
+    "page_size": PAGE_SIZES,
+    "layout": ("bshd", "bhsd"),
+    "turn": (0, 1, 2),
+}
 
 
 @dataclass(frozen=True)
@@ -94,6 +103,7 @@ class Surface:
     page_size: int | None = None
     layout: str = "bshd"
     finite: bool = False
+    seed: int = 0
 
     def __str__(self) -> str:
         kind = f"{self.dtype} d{self.dims[0]}/{self.dims[1]} {self.mask} {self.heads[0]}/{self.heads[1]} {self.layout}"
@@ -132,7 +142,7 @@ class Surface:
             first = end if self.mask == "full" else end - rows + 1
             ends = [min(max(first + i * (self.mask == "causal"), 0), end) for i in range(rows)]
             shapes = (self.heads[0], rows, self.dims[0]), *((self.heads[1], len(places), dim) for dim in self.dims)
-            bits = (normal(shape, self.dtype, 10 * number + i) for i, shape in enumerate(shapes))
+            bits = (normal(shape, self.dtype, 1000 * self.seed + 10 * number + i) for i, shape in enumerate(shapes))
             return Sequence(*bits, np.searchsorted(places, ends).tolist())
 
         return [sequence(*item) for item in zip(range(len(self.rows)), self.rows, self.places, strict=True)]
@@ -191,7 +201,7 @@ class Surface:
         """Pages in a shuffled order; three of the cache's belong to nobody."""
         assert self.page_size
         pages = -(-self.capacity // self.page_size)
-        order = np.random.default_rng(0).permutation(len(self.keys) * pages + 3)
+        order = np.random.default_rng(self.seed).permutation(len(self.keys) * pages + 3)
         return order[: len(self.keys) * pages].reshape(-1, pages)
 
     def caches(self, lengths: list[int] | tuple[int, ...]) -> dict[str, Bits]:
@@ -254,6 +264,14 @@ class Surface:
     def assert_same(self, actual: list[Both], expected: list[Both]) -> None:
         for number, (one, other) in enumerate(zip(actual, expected, strict=True)):
             assert_both_equal(one, other, self.dtype, f"{self}: sequence {number}")
+
+
+def arranged(way: str, rows: int, turn: int, lengths: dict[int, tuple[int, ...]], **rest: Any) -> Surface:
+    """Sequences of lengths[rows] keys, turned so that each comes to stand at another place of the batch."""
+    keys = np.roll(lengths[rows], turn).tolist()
+    counts = (rows, 1, 5, 0)[: len(keys)] if way.startswith("packed") else (rows,) * len(keys)
+    new = counts if "append" in way else (0,) * len(keys)
+    return Surface(way, counts, tuple(n + more for n, more in zip(keys, new, strict=True)), **rest)
 
 
 def pieces(visible: list[int], mask: str) -> Iterator[tuple[int, int]]:

@@ -184,3 +184,31 @@ class TestWriting:
         assert cuattn.attention_kvcache(**arguments).shape == (2, 2, 0, 32)
         assert (arguments["k_cache"].sum(axis=(1, 2, 3)) == 2 * 2 * 64).all()
         assert (arguments["v_cache"].sum(axis=(1, 2, 3)) == 2 * 2 * 2 * 32).all()
+
+
+class TestSpans:
+    """Keys whose places are looked up lie less than 32 GiB apart: seen from strides alone, no such memory is needed."""
+
+    @staticmethod
+    def far_apart(tokens: int) -> np.ndarray:
+        """(tokens, 1, 1, 8) float16 whose tokens claim to be 16 GiB apart; never read."""
+        memory = np.zeros(8, np.float16)
+        return np.lib.stride_tricks.as_strided(memory, (tokens, 1, 1, 8), (2**34, 16, 16, 2))
+
+    def test_pages_too_far_apart(self) -> None:
+        cache, table = self.far_apart(3), np.zeros((1, 3), np.int32)
+        q = np.zeros((1, 1, 1, 8), np.float16)
+        with pytest.raises(ValueError, match=r"k_cache: got keys up to 34359738368 bytes apart, expected less than"):
+            cuattn.attention_kvcache(q, cache, cache, np.zeros(1, np.int32), block_table=table)
+
+    def test_masked_keys_too_far_apart(self) -> None:
+        keys = self.far_apart(3).swapaxes(0, 1).swapaxes(1, 2)  # (1, 1, 3, 8)
+        q = np.zeros((1, 1, 1, 8), np.float16)
+        with pytest.raises(ValueError, match=r"k: got keys up to 34359738368 bytes apart, expected less than"):
+            cuattn.attention(q, keys, keys, key_padding_mask=np.zeros((1, 3), np.bool_))
+
+    def test_near_enough(self) -> None:
+        cache, table = self.far_apart(2), np.zeros((1, 1), np.int32)
+        q = np.zeros((1, 1, 1, 8), np.float16)
+        out = cuattn.attention_kvcache(q, cache, cache, np.zeros(1, np.int32), block_table=table)
+        assert not out.any()

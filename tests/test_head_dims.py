@@ -22,13 +22,13 @@ DECODED = [
 CASE = {"batch": 2, "heads": 2, "kv_heads": 1, "len_q": 37, "len_k": 150, "mask": "causal"}
 
 
-@pytest.mark.parametrize(("backend", "head_dim"), CHOICES)
+@pytest.mark.parametrize(("backend", "head_dim"), CHOICES, ids=str)
 def test_accuracy(backend: Backend, head_dim: int) -> None:
     case = testing.Case(dtype="float16", head_dim=head_dim, **CASE)
     testing.assert_accurate(attention_on(backend), case)
 
 
-@pytest.mark.parametrize(("backend", "head_dim"), DECODED)
+@pytest.mark.parametrize(("backend", "head_dim"), DECODED, ids=str)
 def test_a_decoded_row_is_the_prefilled_one(backend: Backend, head_dim: int) -> None:
     """The prefill has more rows than the kernel for few rows takes."""
     attention, rng = attention_on(backend), np.random.default_rng(head_dim)

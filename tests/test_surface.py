@@ -9,7 +9,7 @@ import pytest
 from backends import REFERENCE, SM_80, SM_86, SM_90A
 from packed import Both, assert_both_equal, bits_of
 from problems import normal
-from surface import PAGE_SIZES, WAYS, Prompt, Sequence, Spoil, Surface, covering, fed, spoiled
+from surface import ASKED, Prompt, Sequence, Spoil, Surface, arranged, covering, fed, spoiled
 
 import cuattn
 from cuattn.testing import BitwiseMismatch, TorchLibrary, controls
@@ -25,35 +25,19 @@ EMULATED = (
     (SM_80, "float32", (96, 96), "full"),
     (SM_80, "bfloat16", (256, 256), "causal"),
     (SM_86, "bfloat16", (72, 72), "full"),
-    (SM_90A, "float16", (192, 128), "causal"),
+    (SM_90A, "float16", (192, 128), "full"),
 )
-ASKED = {
-    "way": WAYS,
-    "rows": (1, 3, 64, 257),
-    "num_splits": (1, 2, 3, 7, 64, None),
-    "page_size": PAGE_SIZES,
-    "layout": ("bshd", "bhsd"),
-    "turn": (0, 1, 2),
-}
 #: Keys of the sequences, by the rows of the longest: fewer chunks where there are more rows.
 KEYS = {1: (2100, 0, 513, 77), 3: (1100, 4, 0, 640), 64: (530, 0, 131), 257: (300, 0, 9)}
-
-
-def surface(way: str, rows: int, turn: int, **rest: Any) -> Surface:
-    """Sequences of KEYS[rows] keys, turned around so that each comes to stand at another place of the batch."""
-    keys = np.roll(KEYS[rows], turn).tolist()
-    counts = (rows, 1, 5, 0)[: len(keys)] if way.startswith("packed") else (rows,) * len(keys)
-    new = counts if "append" in way else (0,) * len(keys)
-    return Surface(way, counts, tuple(n + more for n, more in zip(keys, new, strict=True)), **rest)
 
 
 def sample() -> Iterator[Any]:
     heads = ((2, 1), (2, 2), (3, 1))
     variants = {"dtype": DTYPES, "dims": DIMS, "mask": ("causal", "full"), "heads": heads}
-    cases = [(REFERENCE, surface(**levels)) for levels in covering(ASKED | variants)]
+    cases = [(REFERENCE, arranged(**levels, lengths=KEYS)) for levels in covering(ASKED | variants)]
     for levels in covering(ASKED | {"num_splits": (1, 3, 64, None), "kernel": EMULATED}):
         backend, dtype, dims, mask = levels.pop("kernel")
-        cases.append((backend, surface(**levels, dtype=dtype, dims=dims, mask=mask)))
+        cases.append((backend, arranged(**levels, lengths=KEYS, dtype=dtype, dims=dims, mask=mask)))
     for backend, case in cases:
         yield pytest.param(backend, case, id=f"{'-'.join(filter(None, backend))} {case}")
 

@@ -9,6 +9,7 @@ from cuattn.problem import PACKED
 #: Lengths and head counts are 32-bit in the kernels, with room for a tile behind the end.
 LARGEST_DIM = 2**31 - 2**12
 ALIGNMENT = 16
+LARGEST_SPAN = 2**31 * ALIGNMENT
 #: Axes of a layout in the letters of the documentation.
 LETTERS = {"bhsd": "B, H, L, D", "bshd": "B, L, H, D", PACKED: "T, H, D"}
 PAGED_LETTERS = {"bhsd": "pages, H, page size, D", "bshd": "pages, page size, H, D"}
@@ -100,6 +101,13 @@ def check_memory(name: str, tensor: Tensor) -> None:
                 f"{name}: got a stride of {stride} elements in the {axis} dimension, expected a multiple of "
                 f"{ALIGNMENT // tensor.itemsize} ({ALIGNMENT} bytes)"
             )
+
+
+def check_span(name: str, tensor: Tensor, axes: tuple[int, ...]) -> None:
+    """Places that are looked up are 32-bit numbers of ALIGNMENT bytes: how far keys lie apart along ``axes``."""
+    span = sum((tensor.shape[axis] - 1) * abs(tensor.strides[axis]) for axis in axes) * tensor.itemsize
+    if span >= LARGEST_SPAN:
+        raise ValueError(f"{name}: got keys up to {span} bytes apart, expected less than {LARGEST_SPAN} (32 GiB)")
 
 
 def check_written(name: str, tensor: Tensor, others: dict[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ from cuattn.checks.arrays import (
     check_keys,
     check_memory,
     check_query,
+    check_span,
     check_written,
     import_array,
 )
@@ -129,6 +130,8 @@ def _import_caches(
     check_keys(key, value)
     for name, tensor in (key, value):
         check_memory(name, tensor)
+        if block_table is not None:
+            check_span(name, tensor, (0, 2))
     return key, value
 
 

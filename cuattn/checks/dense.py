@@ -2,7 +2,16 @@
 
 from dataclasses import replace
 
-from cuattn.checks.arrays import LETTERS, Named, check_keys, check_memory, check_place, check_query, import_array
+from cuattn.checks.arrays import (
+    LETTERS,
+    Named,
+    check_keys,
+    check_memory,
+    check_place,
+    check_query,
+    check_span,
+    import_array,
+)
 from cuattn.checks.lengths import check_key_lengths, check_starts, import_numbers, import_starts
 from cuattn.checks.options import check_layout, check_mask, check_optional_count, check_scale, is_checked
 from cuattn.interop import Tensor, import_tensor
@@ -30,6 +39,8 @@ def check_attention(
         if kv_lengths is not None:
             raise ValueError("key_padding_mask: got a mask beside kv_lengths, expected one of the two")
         shape = (batch, problem.key_length)
+        check_span("k", problem.key, (2,))
+        check_span("v", problem.value, (2,))
         return replace(problem, key_padding_mask=_check_padding(key_padding_mask, first, shape))
     if kv_lengths is None:
         return problem

@@ -76,12 +76,13 @@ class Setting:
 
     @property
     def variants(self) -> dict[str, Any]:
-        """Which cases: as many and as large as the backend gets through in about a minute."""
+        """Which cases: as many and as large as the backend gets through in about a minute, or, where the emulator
+        compiles each variant's kernels for the first time, in a few.
+        """
         if self.backend == "cuda":
             return {"size": "small" if self.quick else "device", "dtypes": self.dtypes}
         if self.quick:
             return {"size": "tiny", "dtypes": self.dtypes[:1], "head_dims": COMMON_HEAD_DIMS[:1]}
-        # the emulator compiles several kernels for each variant
         return {"size": "tiny", "dtypes": self.dtypes, "head_dims": COMMON_HEAD_DIMS}
 
 

@@ -8,12 +8,12 @@
 
 namespace cuattn {
 
-// Distances from the head's first row, in units of 16 bytes, of each key of `tiles` tiles. A base class of a block's
+// Distances from the head's first row, in units of 16 bytes, up to 32 GiB, of each key of `tiles` tiles. A base class of a block's
 // shared memory, so that it takes no room where keys are not paged.
 template <bool paged, int tiles, int key_tile>
 struct SharedPlaces {
-    alignas(1024) u32 key[tiles][key_tile];
-    u32 value[tiles][key_tile];
+    alignas(1024) int key[tiles][key_tile];
+    int value[tiles][key_tile];
 };
 template <int tiles, int key_tile>
 struct SharedPlaces<false, tiles, key_tile> {};
@@ -44,7 +44,7 @@ class KeyRows {
         if (!paged || threadIdx.x >= key_tile) return;
         const int key = tile * key_tile + threadIdx.x;
         const auto units = [&](const Strides& strides) {
-            return static_cast<u32>(sequence_.offset_in(params_.sequences, strides, key, page) / unit);
+            return static_cast<int>(sequence_.offset_in(params_.sequences, strides, key, page) / unit);
         };
         const u32 to = tables_ + (tile % tiles * key_tile + threadIdx.x) * 4;
         ptx::store_shared_u32(to, units(params_.key_strides));
@@ -60,7 +60,7 @@ class KeyRows {
             const u32 places = tables_ + ((values ? tiles : 0) + tile % tiles) * (key_tile * 4) + first * 4;
             Tile::template load<columns, rows, threads>(
                 to, existing, threadIdx.x, [&](int row) { return ptx::load_shared_u32(places + row * 4); },
-                [&](u32 place) { return head + static_cast<i64>(place) * unit; });
+                [&](u32 place) { return head + static_cast<i64>(static_cast<int>(place)) * unit; });
         } else {
             const i64 stride = values ? params_.value_strides.token : params_.key_strides.token;
             const Element* const from = head + start * stride;
