@@ -134,14 +134,15 @@ class BlockRows {
             } else {
                 statistics.sum[0] = quad_sum(statistics.sum[0]);
                 statistics.sum[1] = quad_sum(statistics.sum[1]);
-                store_partial<value_dim>(params_, work, warp, chunk, out, statistics, lane_);
+                store_partial<ValueProducts, value_dim>(params_, work, warp, chunk, out, statistics, lane_);
             }
         }
         if (!folds) return;
         if (work.end_chunk == work.chunks) {
-            store_output<value_dim, config::float32, config::bfloat16>(params, work, warp, out, statistics, lane_);
+            store_output<ValueProducts, value_dim, config::float32, config::bfloat16>(params, work, warp, out,
+                                                                                      statistics, lane_);
         } else {
-            store_partial<value_dim>(params_, work, warp, 0, out, statistics, lane_);
+            store_partial<ValueProducts, value_dim>(params_, work, warp, 0, out, statistics, lane_);
         }
     }
 

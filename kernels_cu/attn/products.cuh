@@ -70,6 +70,9 @@ struct MmaProducts {
         }
     }
 
+    // The first of the two columns of a lane's out[b][0] and out[b][1].
+    __device__ __forceinline__ static int out_column(int b, int lane) { return 8 * b + 2 * (lane & 3); }
+
   private:
     // Columns 16 k to 16 k + 15 of the query rows.
     __device__ __forceinline__ static void load_fragment(u32 (&fragment)[4], u32 rows, int k, int lane) {

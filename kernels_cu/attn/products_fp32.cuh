@@ -1,5 +1,5 @@
 // The two matrix products of a warp's 16 rows in fp32, in fused multiply-adds: every element is a chain over columns, or
-// keys, ascending. Elements are held as in products.cuh.
+// keys, ascending. Scores are held as in products.cuh.
 #pragma once
 
 #include <attn/softmax.cuh>
@@ -9,7 +9,7 @@
 
 namespace cuattn {
 
-// columns: a multiple of 8, of which the tiles in shared memory hold tile_dim. keys: those of a step.
+// columns: a multiple of 8 (of outputs 16), of which the tiles in shared memory hold tile_dim. keys: those of a step.
 template <int columns, int tile_dim, int keys>
 struct FmaProducts {
     using Rows = Tile<tile_dim, 4>;
@@ -40,21 +40,29 @@ struct FmaProducts {
     template <int blocks>
     __device__ __forceinline__ static void multiply_values(Out& out, const float (&weight)[blocks][4], u32 value_rows,
                                                            int lane, int first_block, int first_column) {
-        const int pair = (lane & 3) & 1, unit = first_column / 4 + (lane & 3) / 2;
+        const int unit = first_column / 4 + (lane & 3);
 #pragma unroll
         for (int j = 0; j < keys; ++j) {
             const int owner = (lane & ~3) | (j % 8) / 2;  // the lane that holds key j's weights
             const float p[2] = {__shfl_sync(all_lanes, weight[first_block + j / 8][j & 1], owner),
                                 __shfl_sync(all_lanes, weight[first_block + j / 8][2 + (j & 1)], owner)};
 #pragma unroll
-            for (int b = 0; b < columns / 8; ++b) {
-                const float2 v = ptx::load_shared_f32x2(value_rows + Rows::offset(j, unit + 2 * b) + 8 * pair);
-                out[b][0] = __fmaf_rn(p[0], v.x, out[b][0]);
-                out[b][1] = __fmaf_rn(p[0], v.y, out[b][1]);
-                out[b][2] = __fmaf_rn(p[1], v.x, out[b][2]);
-                out[b][3] = __fmaf_rn(p[1], v.y, out[b][3]);
+            for (int b = 0; b < columns / 8; b += 2) {
+                const float4 v = ptx::load_shared_f32x4(value_rows + Rows::offset(j, unit + 2 * b));
+#pragma unroll
+                for (int row = 0; row < 2; ++row) {
+                    out[b][2 * row] = __fmaf_rn(p[row], v.x, out[b][2 * row]);
+                    out[b][2 * row + 1] = __fmaf_rn(p[row], v.y, out[b][2 * row + 1]);
+                    out[b + 1][2 * row] = __fmaf_rn(p[row], v.z, out[b + 1][2 * row]);
+                    out[b + 1][2 * row + 1] = __fmaf_rn(p[row], v.w, out[b + 1][2 * row + 1]);
+                }
             }
         }
+    }
+
+    // The first of the two columns of a lane's out[b][0] and out[b][1]: a lane has four neighbouring ones in two blocks.
+    __device__ __forceinline__ static int out_column(int b, int lane) {
+        return 16 * (b / 2) + 4 * (lane & 3) + 2 * (b & 1);
     }
 
   private:
