@@ -90,7 +90,7 @@ def all_steps(folder: Path) -> list[Step]:
         Step("smoke_decode", 40, bench("decode", *few, "--seconds", "15"), shown=24, group="smoke"),
         Step("info", 30, python("-m", "cuattn", "info"), shown=20),
         Step("precompile", 60, python("-m", "cuattn", "precompile", *dims), shown=1),
-        Step("tests_gpu", 120, pytest("-m", "gpu", "-n", "4"), shown=8),
+        Step("tests_gpu", 200, pytest("-m", "gpu", "-n", "4"), shown=8),
         Step("decode", 90, bench("decode", "--seconds", "70"), shown=24),
         Step("padded", 45, bench("padded", "--seconds", "35"), shown=20),
         Step("forward", 100, bench("forward", "--seconds", "75"), shown=24),
