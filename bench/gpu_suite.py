@@ -103,7 +103,7 @@ def all_steps(folder: Path) -> list[Step]:
         planted("racecheck", "barrier", *many_rows(128)),
         planted("racecheck", "columns", *call("few rows")),
         planted("racecheck", "scan", *call("mask")),
-        Step("check", 90, check, shown=5),
+        Step("check", 170, check, shown=5),
         Step("accuracy", 60, bench("accuracy")),
         Step("jit_time", 60, bench("jit_time", "--repeats", "3"), shown=8),
         # the tests of the wheel need an index

@@ -149,7 +149,7 @@ class TestControls:
     @pytest.mark.parametrize("attention", backend_params(REFERENCE, SM_80))
     def test_chunks_at_packed_positions(self, attention: Operation, mask: str) -> None:
         case = replace(self.CASE, mask=mask)
-        bad = controls.depends_on_packing(attention)
+        bad = controls.depends_on_first_key(attention)
         self.assert_close(case, bad, attention)
         with pytest.raises(BitwiseMismatch):
             case.check(bad)

@@ -79,7 +79,7 @@ class TestAlone:
         """Cuts that depend on the packing or the padding are found out."""
         case = Packed([40, 40, 40], [40, 45, 80])
         with pytest.raises(BitwiseMismatch):
-            case.check(controls.depends_on_packing(both_forms), library)
+            case.check(controls.depends_on_first_key(both_forms), library)
         bad = controls.depends_on_padding(cuattn.attention)
         with pytest.raises(BitwiseMismatch):
             assert_both_equal(PADDED.together(bad, library, PADDED.bits()), PADDED.alone(bad, library), "bfloat16")
