@@ -56,8 +56,15 @@ class ColumnsConfig(KernelConfig):
             "slot_keys": self.slot_keys,
             "ring_slots": self.ring_slots,
             "blocks_per_multiprocessor": self.blocks_per_multiprocessor,
-            "query_in_registers": self.column_warps > 2 or self.tile_dim <= 192 or self.row_warps > 2,
+            "query_in_registers": self._query_in_registers,
         }
+
+    @property
+    def _query_in_registers(self) -> bool:
+        """Of 16 bits, where ptxas has registers for it besides the outputs."""
+        if self.column_warps > 2 or self.tile_dim <= 128:
+            return True
+        return not self.arch.startswith("sm_1") and (self.tile_dim <= 192 or self.row_warps > 2)
 
     @property
     def key_tile(self) -> int:

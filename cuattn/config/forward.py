@@ -68,7 +68,7 @@ class ForwardConfig(KernelConfig):
         if self.tile_dim > 64:
             return 1
         plain = self.head_dim == self.tile_dim and not self.ragged
-        return 3 if plain and self.arch in ("sm_86", "sm_87", "sm_89", "sm_90a") else 2
+        return 3 if plain and self.arch in ("sm_87", "sm_90a") else 2
 
     @functools.cached_property
     def warps(self) -> int:

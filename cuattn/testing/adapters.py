@@ -18,11 +18,11 @@ def accepts(op: Operation, keyword: str) -> bool:
 
 def with_packed(op: Operation, packed: Operation) -> Operation:
     """``op`` that also takes packed sequences, by the keywords cu_seqlens_q and cu_seqlens_k: those calls are
-    ``packed(q, k, v, cu_seqlens_q, cu_seqlens_k, mask, ...)``.
+    ``packed(q, k, v, cu_seqlens_q, cu_seqlens_k, mask, ...)``, the mask if it is given.
     """
 
-    def call(q: Any, k: Any, v: Any, mask: str, cu_seqlens_q: Any, cu_seqlens_k: Any, **options: Any) -> Any:
-        return packed(q, k, v, cu_seqlens_q, cu_seqlens_k, mask, **options)
+    def call(q: Any, k: Any, v: Any, *mask: str, cu_seqlens_q: Any, cu_seqlens_k: Any, **options: Any) -> Any:
+        return packed(q, k, v, cu_seqlens_q, cu_seqlens_k, *mask, **options)
 
     return _joined(op, call, CUMULATIVE)
 

@@ -19,7 +19,7 @@ struct Work {
     int slot;  // of the workspace
 };
 
-__device__ __forceinline__ int warp_sum(int x) {
+__device__ __forceinline__ i64 warp_sum(i64 x) {
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
     return x;
@@ -32,21 +32,21 @@ class Ranges {
   public:
     __device__ __forceinline__ Ranges(const ColumnsParams& params, int lane) : params_(params) {
         const int count = params.forward.sequences.count;
-        int sum = 0;
+        i64 sum = 0;
         for (int s = lane; s < count; s += 32) sum += Shape(params, s).size();
         total_ = warp_sum(sum);
         place_ = range_start(blockIdx.x);
         end_ = range_start(blockIdx.x + 1);
         // the sequence that place_ is in
         for (int first = 0; place_ < end_ && first < count; first += 32) {
-            const int size = first + lane < count ? Shape(params, first + lane).size() : 0;
-            const int together = warp_sum(size);
+            const i64 size = first + lane < count ? Shape(params, first + lane).size() : 0;
+            const i64 together = warp_sum(size);
             if (base_ + together <= place_) {
                 base_ += together;
                 continue;
             }
             for (sequence_ = first;; ++sequence_) {
-                const int next = __shfl_sync(0xffffffffu, size, sequence_ - first);
+                const i64 next = __shfl_sync(0xffffffffu, size, sequence_ - first);
                 if (base_ + next > place_) break;
                 base_ += next;
             }
@@ -62,9 +62,10 @@ class Ranges {
                 base_ += shape.size();
                 shape = Shape(params_, ++sequence_);
             }
-            const int group = (place_ - base_) / shape.key_tiles, group_place = base_ + group * shape.key_tiles;
-            work.first_chunk = shape.first_chunk_from(place_ - group_place);
-            work.end_chunk = shape.first_chunk_from(min(end_ - group_place, shape.key_tiles));
+            const int group = static_cast<int>((place_ - base_) / shape.key_tiles);
+            const i64 group_place = base_ + i64(group) * shape.key_tiles;
+            work.first_chunk = shape.first_chunk_from(static_cast<int>(place_ - group_place));
+            work.end_chunk = shape.first_chunk_from(static_cast<int>(min(end_ - group_place, i64(shape.key_tiles))));
             place_ = group_place + shape.key_tiles;
             if (work.first_chunk >= work.end_chunk) continue;
             work.sequence = shape.sequence;
@@ -100,24 +101,23 @@ class Ranges {
                 key_tiles = min(key_tiles, config::chunk_start(end_chunk) / config::key_tile) - first_tile;
             }
         }
-        __device__ __forceinline__ int size() const { return heads * row_tiles * key_tiles; }
+        __device__ __forceinline__ i64 size() const { return i64(heads) * row_tiles * key_tiles; }
         // The first chunk that starts at or behind a group's key tile `tile`.
         __device__ __forceinline__ int first_chunk_from(int tile) const {
             return tile >= key_tiles ? end_chunk : config::chunk_count((first_tile + tile) * config::key_tile);
         }
     };
 
-    __device__ __forceinline__ int range_start(unsigned range) const {
-        return static_cast<int>(i64(range) * total_ / gridDim.x);
-    }
+    __device__ __forceinline__ i64 range_start(unsigned range) const { return range * total_ / gridDim.x; }
     // The range that a place is in: the last one that starts at or before it.
-    __device__ __forceinline__ int range_of(int place) const {
-        return static_cast<int>(((i64(place) + 1) * gridDim.x - 1) / total_);
+    __device__ __forceinline__ int range_of(i64 place) const {
+        return static_cast<int>(((place + 1) * gridDim.x - 1) / total_);
     }
 
     const ColumnsParams& params_;
-    int total_, place_, end_;
-    int sequence_ = 0, base_ = 0;  // base_: the place of the sequence's first key tile
+    i64 total_, place_, end_;
+    int sequence_ = 0;
+    i64 base_ = 0;  // the place of the sequence's first key tile
 };
 
 }  // namespace cuattn
