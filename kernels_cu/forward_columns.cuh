@@ -182,9 +182,9 @@ class BlockRows {
             const int first = step % parts * slot_keys;
             const u32 slot = ptx::shared_address(shared_.ring[write_slot_]);
             if (step < parts) {
-                keys.template load<KeyTile, false, head_dim, slot_keys, threads>(slot, tile, first);
+                keys.template load<KeyTile, head_dim, slot_keys, threads>(slot, false, tile, first);
             } else {
-                keys.template load<ValueTile, true, value_dim, slot_keys, threads>(slot, tile, first);
+                keys.template load<ValueTile, value_dim, slot_keys, threads>(slot, true, tile, first);
             }
         }
         write_slot_ = write_slot_ + 1 == ring_slots ? 0 : write_slot_ + 1;

@@ -69,11 +69,7 @@ extern "C" __global__ void __launch_bounds__(threads, config::blocks_per_multipr
     // Step 2 j loads key tile j, step 2 j + 1 value tile j; one group of copies a step, empty behind the end.
     const auto load = [&](int step) {
         if (step < 2 * block_tiles) {
-            if (step % 2 == 0) {
-                keys.template load<KeyTile, false, head_dim, key_tile, threads>(ring_slot(step), step / 2, 0);
-            } else {
-                keys.template load<KeyTile, true, head_dim, key_tile, threads>(ring_slot(step), step / 2, 0);
-            }
+            keys.template load<KeyTile, head_dim, key_tile, threads>(ring_slot(step), step % 2 == 1, step / 2, 0);
         }
         ptx::cp_async_commit();
     };

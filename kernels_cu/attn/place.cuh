@@ -36,7 +36,7 @@ struct Place : Sequence<causal, ragged, paged> {
 
     __device__ __forceinline__ Place(const ForwardParams& params, int heads, int token_rows, int lane)
         : Place(params, params.query_tiles - 1 - static_cast<int>(blockIdx.x % params.query_tiles),
-                static_cast<int>(blockIdx.x / params.query_tiles), heads, token_rows, lane) {}
+                blockIdx.x / params.query_tiles, heads, token_rows, lane) {}
 
     // False for the tiles that a packed sequence does not need, and for those of wrong cumulative lengths.
     __device__ __forceinline__ bool has_rows(int token_rows) const {
@@ -44,12 +44,12 @@ struct Place : Sequence<causal, ragged, paged> {
     }
 
   private:
-    __device__ __forceinline__ Place(const ForwardParams& params, int tile, int item, int heads, int token_rows,
+    __device__ __forceinline__ Place(const ForwardParams& params, int tile, u32 item, u32 heads, int token_rows,
                                      int lane)
         : Base(params, ragged && params.sequences.query_starts
                            ? find_sequence<tile_rows>(params.sequences, tile, token_rows, lane)
-                           : item / heads),
-          head(item % heads) {
+                           : static_cast<int>(item / heads)),
+          head(static_cast<int>(item % heads)) {
         if (ragged && params.sequences.query_starts) {
             tile -= static_cast<int>(i64(this->query_start) * token_rows / tile_rows) + this->index;
         }

@@ -52,8 +52,8 @@ class KeyRows {
     }
 
     // Copies `rows` keys, or values, from number `first` of tile `tile` on into a tile in shared memory.
-    template <class Tile, bool values, int columns, int rows, int threads>
-    __device__ __forceinline__ void load(u32 to, int tile, int first) const {
+    template <class Tile, int columns, int rows, int threads>
+    __device__ __forceinline__ void load(u32 to, bool values, int tile, int first) const {
         const Element* const head = values ? value_ : key_;
         const int start = tile * key_tile + first, existing = sequence_.key_length - start;
         if constexpr (paged) {
