@@ -97,13 +97,15 @@ class Results:
 
 
 def commit() -> str:
-    """The checkout's commit, with "+" if files differ from it; without git the variable COMMIT, or "unknown"."""
+    """The variable COMMIT, or the checkout's commit, with "+" if files differ from it; without git "unknown"."""
+    if given := os.environ.get("COMMIT"):
+        return given
     try:
         git = ["git", "-C", str(ROOT)]
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
         changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("COMMIT", "unknown")
+        return "unknown"
     return head.stdout.strip() + "+" * bool(changes.stdout)
 
 
