@@ -11,11 +11,10 @@ import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import peers
-from common import PROVENANCE, Results
+from common import PROVENANCE, begin
 
 import cuattn
 from cuattn import config as configs
@@ -94,15 +93,7 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=2048, help="of the square problems (default: %(default)s)")
     parser.add_argument("--long-rows", type=int, default=128, help="(default: %(default)s)")
     parser.add_argument("--long-keys", type=int, default=32768, help="(default: %(default)s)")
-    parser.add_argument("--csv", type=Path, help="file to write the rows to")
-    options = parser.parse_args()
-
-    import torch
-
-    if not torch.cuda.is_available():
-        parser.error("needs a CUDA device that torch can use")
-    torch.manual_seed(0)
-    results = Results(options.csv, COLUMNS)
+    options, results = begin(parser, COLUMNS)
     bad = 0
     for problem in problems(options.length, options.long_rows, options.long_keys):
         measured, reason = measure(problem)

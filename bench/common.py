@@ -1,5 +1,6 @@
 """What the benchmarks share and needs no GPU: work counted, changed kernels, CSV files, facts about the machine."""
 
+import argparse
 import contextlib
 import csv
 import os
@@ -94,6 +95,18 @@ class Results:
         self.rows += [{**row, **self._facts} for row in rows]
         if self.path:  # each time, so that a run that is stopped leaves what it has
             write_csv(self.path, self.rows, self.columns)
+
+
+def begin(parser: argparse.ArgumentParser, columns: Sequence[str]) -> tuple[argparse.Namespace, Results]:
+    """The parsed options of a benchmark that needs a GPU, --csv among them, and where its rows go; torch is seeded."""
+    parser.add_argument("--csv", type=Path, help="file to write the rows to")
+    options = parser.parse_args()
+    import torch
+
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA device that torch can use")
+    torch.manual_seed(0)
+    return options, Results(options.csv, columns)
 
 
 def commit() -> str:

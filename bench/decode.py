@@ -23,12 +23,11 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import peers
 import timing
-from common import PROVENANCE, Results, within
+from common import PROVENANCE, begin, within
 from timing import Call, Times
 
 import cuattn
@@ -233,15 +232,8 @@ def main() -> int:
     parser.add_argument("--gigabytes", type=float, default=100, help="largest cache (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=300, help="no new problem after them (default: %(default)s)")
-    parser.add_argument("--csv", type=Path, help="file to write the rows to")
-    options = parser.parse_args()
-
+    options, results = begin(parser, COLUMNS)
     import torch
-
-    if not torch.cuda.is_available():
-        parser.error("needs a CUDA device that torch can use")
-    torch.manual_seed(0)
-    results = Results(options.csv, COLUMNS)
 
     def add(problem: Problem | str, rows: Sequence[dict[str, Any]]) -> None:
         results.add(rows)

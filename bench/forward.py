@@ -24,13 +24,12 @@ import itertools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import peers
 import timing
 from chunks import Chunk, measure_chunk
-from common import PROVENANCE, Results, attention_flop, within
+from common import PROVENANCE, attention_flop, begin, within
 from timing import Call, Times
 
 import cuattn
@@ -225,15 +224,7 @@ def main() -> int:
     parser.add_argument("--sets", type=int, default=2, help="sets of inputs to go through (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=300, help="no new problem after them (default: %(default)s)")
-    parser.add_argument("--csv", type=Path, help="file to write the rows to")
-    options = parser.parse_args()
-
-    import torch
-
-    if not torch.cuda.is_available():
-        parser.error("needs a CUDA device that torch can use")
-    torch.manual_seed(0)
-    results = Results(options.csv, COLUMNS)
+    options, results = begin(parser, COLUMNS)
 
     def add(problem: Problem | Chunk | str, rows: Sequence[dict[str, Any]]) -> None:
         results.add(rows)

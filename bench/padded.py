@@ -17,12 +17,11 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import peers
 import timing
-from common import PROVENANCE, Results, within
+from common import PROVENANCE, begin, within
 
 import cuattn
 
@@ -157,15 +156,7 @@ def main() -> int:
     parser.add_argument("--share", type=float, nargs="+", default=[0.5, 0.9], help="of the places that hold a key")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=120, help="no new problem after them (default: %(default)s)")
-    parser.add_argument("--csv", type=Path, help="file to write the rows to")
-    options = parser.parse_args()
-
-    import torch
-
-    if not torch.cuda.is_available():
-        parser.error("needs a CUDA device that torch can use")
-    torch.manual_seed(0)
-    results = Results(options.csv, COLUMNS)
+    options, results = begin(parser, COLUMNS)
     bad = 0
     for problem in within(options.seconds, problems(options.head_dim, options.shape, options.share)):
         result = measure(problem, options.repeats)

@@ -7,25 +7,13 @@
 
 #include <attn/pages.cuh>
 #include <attn/params.cuh>
+#include <attn/search.cuh>
 #include <common/types.cuh>
 #include <ptx/memory.cuh>
 
 namespace cuattn {
 
 using config::threads;
-
-// The last packed sequence that starts at or before `token`; the warp searches together, 32 ways at a time.
-__device__ __forceinline__ int sequence_of(const Sequences& sequences, int token, int lane) {
-    int first = 0, count = sequences.count;
-    while (count > 1) {
-        const int step = (count + 31) / 32, offset = lane * step;
-        const bool before = offset < count && ptx::load_global_s32(sequences.query_starts + first + offset) <= token;
-        const int found = max(0, __popc(__ballot_sync(0xffffffffu, before)) - 1);
-        first += found * step;
-        count = min(step, count - found * step);
-    }
-    return first;
-}
 
 // Where a new token comes from and goes to.
 struct Token {
@@ -41,7 +29,8 @@ struct Token {
         int first = 0, end = params.new_length;
         sequence = batch;
         if (sequences.query_starts) {
-            sequence = sequence_of(sequences, source, lane);
+            sequence = last_sequence(sequences.count, lane,
+                                     [&](int s) { return ptx::load_global_s32(sequences.query_starts + s) <= source; });
             first = ptx::load_global_s32(sequences.query_starts + sequence);
             end = ptx::load_global_s32(sequences.query_starts + sequence + 1);
         }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <attn/params.cuh>
+#include <attn/search.cuh>
 #include <attn/sequence.cuh>
 #include <common/types.cuh>
 #include <ptx/memory.cuh>
@@ -10,20 +11,12 @@ namespace cuattn {
 
 // The sequence that tile `tile` of a packed batch belongs to; tiles have tile_rows rows, tokens `token_rows`. Sequence s
 // gets the tiles from query_starts[s] token_rows / tile_rows + s on: at least as many as it needs, known without a pass
-// over the lengths before it. The warp searches together, 32 ways at a time.
+// over the lengths before it.
 template <int tile_rows>
 __device__ __forceinline__ int find_sequence(const Sequences& sequences, int tile, int token_rows, int lane) {
-    int first = 0, count = sequences.count;
-    while (count > 1) {
-        const int step = (count + 31) / 32, probe = first + lane * step;
-        const bool at_or_before =
-            lane * step < count &&
-            i64(ptx::load_global_s32(sequences.query_starts + probe)) * token_rows / tile_rows + probe <= tile;
-        const int found = max(0, __popc(__ballot_sync(0xffffffffu, at_or_before)) - 1);
-        first += found * step;
-        count = min(step, count - found * step);
-    }
-    return first;
+    return last_sequence(sequences.count, lane, [&](int s) {
+        return i64(ptx::load_global_s32(sequences.query_starts + s)) * token_rows / tile_rows + s <= tile;
+    });
 }
 
 // Blocks run (batch, head, tile), tile fastest, the longest causal rows first: the block scheduler fills the tail with
