@@ -23,8 +23,8 @@ from cuattn.problem import Append, Problem, Sequences
 LARGEST_GRID = 2**31 - 1
 #: Rows of a sequence and key head (queries times the heads that share a key) up to which chunks are spread over blocks.
 FEW_ROWS = 64
-#: Fields of SplitGroup in kernels_cu/attn/work.cuh.
-GROUP_FIELDS = 8
+#: Fields of SplitGroup in kernels_cu/attn/params.cuh.
+GROUP_FIELDS = 7
 
 #: Makes a workspace (shape, dtype) on the problem's device.
 Allocate = Callable[[tuple[int, ...], str], Tensor]
@@ -159,8 +159,8 @@ def plan_append(append: Append, sequences: Sequences, key: Tensor, value: Tensor
         value_bytes=value.shape[3] * value.itemsize,
     )
     config = configs.AppendConfig(target.arch)
-    units = append.key.shape[0] * heads * length * (params.key_bytes + params.value_bytes) // 16
-    grid = min(-(-units // config.threads), 8 * target.processors)
+    rows = append.key.shape[0] * heads * length  # a warp each
+    grid = min(-(-rows * 32 // config.threads), 8 * target.processors)
     inputs = {"k_new": append.key, "v_new": append.value, **sequences.arrays}
     return [Launch(config, grid, params, inputs, updates={"k_cache": key, "v_cache": value})] if grid else []
 

@@ -3,9 +3,9 @@
 //
 // 16 rows belong to column_warps warps. Each computes the scores of its share of the keys (where a slot of the ring has
 // too few keys for all, the first warps do); then each has all scores of the rows and computes its share of the output's
-// columns. Rows are those of all query heads that share a key head. A
-// split kernel takes an equal part of all chunks of the batch, else a block takes all chunks of its rows. What a row
-// computes, and in which order, depends on absolute key positions alone (docs/numerics.md).
+// columns. Rows are those of all query heads that share a key head. A block of a split kernel takes the chunks that start
+// in its range of the batch's key tiles, else a block takes all chunks of its rows. What a row computes, and in which
+// order, depends on absolute key positions alone (docs/numerics.md).
 #pragma once
 
 #include <attn/chunks.cuh>

@@ -55,7 +55,7 @@ extern "C" __global__ void __launch_bounds__(threads, config::blocks_per_multipr
     SharedMemory& shared = *static_cast<SharedMemory*>(ptx::dynamic_shared());
     const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
     const BlockPlace place(params, params.query_heads, 1, lane);
-    if (config::ragged && (!place.has_rows(1) || place.query_length * params.group <= params.sequences.few_rows))
+    if (config::ragged && (!place.has_rows(1) || i64(place.query_length) * params.group <= params.sequences.few_rows))
         return;
     const int warp_row = place.first_row + warp * 16;
     const auto tiles_until = [&](int row) {  // tiles that the rows before `row` see

@@ -36,7 +36,21 @@ class CombineConfig(KernelConfig):
 
 
 @dataclass(frozen=True)
-class AppendConfig(KernelConfig):
+class HelperConfig(KernelConfig):
+    """A kernel that copies or counts: it depends on no head dim, mask or dtype."""
+
+    arch: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel}_{self.arch}"
+
+    @property
+    def constants(self) -> Constants:
+        return {"threads": self.threads}
+
+
+class AppendConfig(HelperConfig):
     """Writes new keys and values into a cache."""
 
     kernel = "append_kv"
@@ -44,32 +58,11 @@ class AppendConfig(KernelConfig):
     threads = 256
     shared_bytes = 0
 
-    arch: str
 
-    @property
-    def name(self) -> str:
-        return f"{self.kernel}_{self.arch}"
-
-    @property
-    def constants(self) -> Constants:
-        return {"threads": self.threads}
-
-
-@dataclass(frozen=True)
-class ScanConfig(KernelConfig):
+class ScanConfig(HelperConfig):
     """Turns a key padding mask into tables of places."""
 
     kernel = "scan_mask"
     params = "ScanParams"
     threads = 1024
     shared_bytes = 1024
-
-    arch: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.kernel}_{self.arch}"
-
-    @property
-    def constants(self) -> Constants:
-        return {"threads": self.threads}

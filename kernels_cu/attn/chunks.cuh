@@ -9,6 +9,21 @@
 
 namespace cuattn {
 
+// What a fold of one chunk multiplies with: R' and the factors a of what was merged before and b of the chunk.
+struct Fold {
+    float reference, a, b;
+
+    __device__ __forceinline__ Fold(float merged_reference, float chunk_reference)
+        : reference(fmaxf(merged_reference, chunk_reference)),
+          a(ptx::exp2_approx(__fsub_rn(merged_reference, reference))),
+          b(ptx::exp2_approx(__fsub_rn(chunk_reference, reference))) {}
+
+    // A sum, or an element of the output, merged.
+    __device__ __forceinline__ float operator()(float merged, float chunk) const {
+        return __fmaf_rn(chunk, b, __fmul_rn(merged, a));
+    }
+};
+
 // The fp32 result of a warp's finished chunks, in shared memory of the warp's own, so that the accumulators of the
 // running chunk keep the registers.
 template <int blocks>
@@ -26,23 +41,18 @@ class MergedChunks {
         rows.sum[1] = quad_sum(rows.sum[1]);
         if (first) return;
         const float4 stored = ptx::load_shared_f32x4(row_slot());
-        const float references[2] = {stored.x, stored.y}, sums[2] = {stored.z, stored.w};
-        float a[2], b[2];
-#pragma unroll
-        for (int row = 0; row < 2; ++row) {
-            const float reference = fmaxf(references[row], rows.reference[row]);
-            a[row] = ptx::exp2_approx(__fsub_rn(references[row], reference));
-            b[row] = ptx::exp2_approx(__fsub_rn(rows.reference[row], reference));
-            rows.sum[row] = __fmaf_rn(rows.sum[row], b[row], __fmul_rn(sums[row], a[row]));
-            rows.reference[row] = reference;
-        }
+        const Fold upper(stored.x, rows.reference[0]), lower(stored.y, rows.reference[1]);
+        rows.sum[0] = upper(stored.z, rows.sum[0]);
+        rows.sum[1] = lower(stored.w, rows.sum[1]);
+        rows.reference[0] = upper.reference;
+        rows.reference[1] = lower.reference;
 #pragma unroll
         for (int i = 0; i < blocks; ++i) {
             const float4 merged = ptx::load_shared_f32x4(out_slot(i));
-            out[i][0] = __fmaf_rn(out[i][0], b[0], __fmul_rn(merged.x, a[0]));
-            out[i][1] = __fmaf_rn(out[i][1], b[0], __fmul_rn(merged.y, a[0]));
-            out[i][2] = __fmaf_rn(out[i][2], b[1], __fmul_rn(merged.z, a[1]));
-            out[i][3] = __fmaf_rn(out[i][3], b[1], __fmul_rn(merged.w, a[1]));
+            out[i][0] = upper(merged.x, out[i][0]);
+            out[i][1] = upper(merged.y, out[i][1]);
+            out[i][2] = lower(merged.z, out[i][2]);
+            out[i][3] = lower(merged.w, out[i][3]);
         }
     }
 

@@ -47,7 +47,6 @@ struct SplitGroup {
     int rows;           // that exist, of the tile's
     int folded_chunks;  // the first ones, whose fold stands where chunk 0 would
     int chunks;         // 0: nothing is left to be merged
-    int unused;
 };
 
 // Results of single chunks, before they are merged: of chunk c and row i at the index c * rows + i, i within `rows` rows.
