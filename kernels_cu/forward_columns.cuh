@@ -13,7 +13,6 @@
 #include <attn/place.cuh>
 #include <attn/places.cuh>
 #include <attn/products.cuh>
-#include <attn/products_fp32.cuh>
 #include <attn/results.cuh>
 #include <attn/rows.cuh>
 #include <attn/scores.cuh>
@@ -31,8 +30,8 @@ using config::row_warps, config::column_warps, config::slot_keys, config::ring_s
 
 constexpr int threads = row_warps * column_warps * 32, tile_rows = row_warps * 16;
 constexpr int lookahead = ring_slots - 1;
-constexpr int parts = key_tile / slot_keys;           // slots of a tile
-constexpr int least_keys = config::float32 ? 8 : 16;  // whose scores a warp can compute
+constexpr int parts = key_tile / slot_keys;  // slots of a tile
+constexpr int least_keys = 16;               // whose scores a warp can compute
 constexpr int score_warps = slot_keys / least_keys < column_warps ? slot_keys / least_keys : column_warps;
 constexpr int warp_keys = slot_keys / score_warps;
 constexpr int tile_steps = 2 * parts;                        // the slots of a tile's keys, then those of its values
@@ -43,25 +42,11 @@ static_assert(key_tile % slot_keys == 0 && slot_keys % least_keys == 0);
 static_assert(head_dim % 8 == 0 && value_dim % 8 == 0 && value_tile_dim % (16 * column_warps) == 0);
 static_assert(config::chunk_length(0) % key_tile == 0, "a chunk is a whole number of tiles");
 
-template <bool float32>
-struct Precision;
-template <>
-struct Precision<false> {
-    using Element = u16;
-    using KeyProducts =
-        MmaProducts<(head_dim + 15) / 16 * 16, tile_dim, warp_keys, config::bfloat16, config::query_in_registers>;
-    using ValueProducts = MmaProducts<warp_columns, value_tile_dim, slot_keys, config::bfloat16>;
-};
-template <>
-struct Precision<true> {
-    using Element = float;
-    using KeyProducts = FmaProducts<head_dim, tile_dim, warp_keys>;
-    using ValueProducts = FmaProducts<warp_columns, value_tile_dim, slot_keys>;
-};
-
-using Element = Precision<config::float32>::Element;
-using KeyProducts = Precision<config::float32>::KeyProducts;
-using ValueProducts = Precision<config::float32>::ValueProducts;
+using Operands = Fragments<config::float32, config::bfloat16>;
+using Element = Operands::Element;
+constexpr int key_columns = (head_dim + Operands::depth - 1) / Operands::depth * Operands::depth;
+using KeyProducts = Products<Operands, key_columns, tile_dim, warp_keys, config::query_in_registers>;
+using ValueProducts = Products<Operands, warp_columns, value_tile_dim, slot_keys>;
 using KeyTile = Tile<tile_dim, sizeof(Element)>;
 using ValueTile = Tile<value_tile_dim, sizeof(Element)>;
 using Scores = SharedScores<key_tile>;
@@ -134,15 +119,14 @@ class BlockRows {
             } else {
                 statistics.sum[0] = quad_sum(statistics.sum[0]);
                 statistics.sum[1] = quad_sum(statistics.sum[1]);
-                store_partial<ValueProducts, value_dim>(params_, work, warp, chunk, out, statistics, lane_);
+                store_partial<value_dim>(params_, work, warp, chunk, out, statistics, lane_);
             }
         }
         if (!folds) return;
         if (work.end_chunk == work.chunks) {
-            store_output<ValueProducts, value_dim, config::float32, config::bfloat16>(params, work, warp, out,
-                                                                                      statistics, lane_);
+            store_output<value_dim, config::float32, config::bfloat16>(params, work, warp, out, statistics, lane_);
         } else {
-            store_partial<ValueProducts, value_dim>(params_, work, warp, 0, out, statistics, lane_);
+            store_partial<value_dim>(params_, work, warp, 0, out, statistics, lane_);
         }
     }
 

@@ -37,7 +37,7 @@ static_assert(config::chunk_length(0) % key_tile == 0, "a chunk is a whole numbe
 
 using BlockPlace = Place<query_tile, config::causal, config::ragged, config::paged>;
 using KeyTile = Tile<tile_dim>;
-using Products = MmaProducts<columns, tile_dim, key_tile, config::bfloat16>;
+using TileProducts = Products<Fragments<false, config::bfloat16>, columns, tile_dim, key_tile>;
 using Merged = MergedChunks<columns / 8>;
 
 using Keys = KeyRows<u16, config::paged, BlockPlace, 2, key_tile>;
@@ -57,6 +57,11 @@ extern "C" __global__ void __launch_bounds__(threads, config::blocks_per_multipr
     const BlockPlace place(params, params.query_heads, 1, lane);
     if (config::ragged && (!place.has_rows(1) || i64(place.query_length) * params.group <= params.sequences.few_rows))
         return;
+    const Keys keys(params, place, place.head / params.group, shared);
+    constexpr int first_tiles = lookahead / 2 + 1;  // whose copies start before the first step
+    int first_pages[first_tiles];
+#pragma unroll
+    for (int tile = 0; tile < first_tiles; ++tile) first_pages[tile] = keys.look_up(tile);
     const int warp_row = place.first_row + warp * 16;
     const auto tiles_until = [&](int row) {  // tiles that the rows before `row` see
         return (place.visible_keys(min(row, place.query_length) - 1) + key_tile - 1) / key_tile;
@@ -64,7 +69,6 @@ extern "C" __global__ void __launch_bounds__(threads, config::blocks_per_multipr
     const int block_tiles = tiles_until(place.first_row + query_tile);
     const int warp_tiles = warp_row < place.query_length ? tiles_until(warp_row + 16) : 0;
 
-    const Keys keys(params, place, place.head / params.group, shared);
     const auto ring_slot = [&](int step) { return ptx::shared_address(shared.ring[step % ring_slots]); };
     // Step 2 j loads key tile j, step 2 j + 1 value tile j; one group of copies a step, empty behind the end.
     const auto load = [&](int step) {
@@ -81,15 +85,16 @@ extern "C" __global__ void __launch_bounds__(threads, config::blocks_per_multipr
                                     [&](int row) { return queries + row * params.query_strides.token; });
     ptx::cp_async_commit();
     if constexpr (config::paged) {
-        for (int tile = 0; tile <= lookahead / 2; ++tile) keys.fill(tile, keys.look_up(tile));
+#pragma unroll
+        for (int tile = 0; tile < first_tiles; ++tile) keys.fill(tile, first_pages[tile]);
         __syncthreads();
     }
     for (int step = 0; step < lookahead; ++step) load(step);
 
-    Products::Query query;
+    TileProducts::Query query;
     ptx::cp_async_wait<lookahead>();
     __syncwarp();
-    Products::load_query(query, warp_memory, lane);
+    TileProducts::load_query(query, warp_memory, lane);
 
     const Merged merged(warp_memory);
     RowStatistics rows;
@@ -121,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(threads, config::blocks_per_multipr
         const int step = block_step - warp_lag, tile = step / 2, first_key = tile * key_tile;
         if (step < 0 || tile >= warp_tiles) continue;
         if (step % 2 == 0) {
-            Products::multiply_keys(score, query, ring_slot(step), lane);
+            TileProducts::multiply_keys(score, query, ring_slot(step), lane);
             continue;
         }
 
@@ -146,7 +151,7 @@ extern "C" __global__ void __launch_bounds__(threads, config::blocks_per_multipr
                 for (int c = 0; c < 4; ++c) out[b][c] = __fmul_rn(out[b][c], rescale[c / 2]);
             }
         }
-        Products::multiply_values(out, score, ring_slot(step), lane);
+        TileProducts::multiply_values(out, score, ring_slot(step), lane);
 
         if (first_key + key_tile == chunk_end && tile + 1 < warp_tiles) {
             merged.fold(out, rows, first_chunk());

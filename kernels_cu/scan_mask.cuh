@@ -58,6 +58,7 @@ extern "C" __global__ void __launch_bounds__(threads) scan_mask(const __grid_con
             place += __popc(votes[i]);
         }
     }
+    for (int j = before + threadIdx.x; j < length; j += threads) ptx::store_global_s32(positions + j, 0);
     if (threadIdx.x == 0) ptx::store_global_s32(seen + length, before);
 }
 

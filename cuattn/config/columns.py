@@ -61,7 +61,9 @@ class ColumnsConfig(KernelConfig):
 
     @property
     def _query_in_registers(self) -> bool:
-        """Of 16 bits, where ptxas has registers for it besides the outputs."""
+        """Where ptxas has registers for it besides the outputs."""
+        if self.dtype == "float32":
+            return False
         if self.column_warps > 2 or self.tile_dim <= 128:
             return True
         return not self.arch.startswith("sm_1") and (self.tile_dim <= 192 or self.row_warps > 2)
@@ -126,12 +128,13 @@ class ColumnsConfig(KernelConfig):
 
     def _candidates(self) -> Iterator[tuple[int, int, int, int]]:
         """Best first: as many rows and blocks as fit, then keys enough for each warp to compute scores of some."""
-        warps = [(1, 4)]
+        float32 = self.dtype == "float32"
+        warps = [(1, 8 if float32 and self.value_tile_dim == 256 else 4)]
         if not self.split:
-            warps = [(2, 4), (1, 4)] if self.dtype == "float32" else [(4, 2), (2, 2)]
-        most = min(64, self.key_tile) if self.split else self.key_tile
-        for (rows, columns), blocks in product(warps, (2, 1) if self.split else (1,)):
-            least = columns * (8 if self.dtype == "float32" else 16)
+            warps = [(2, 4), (1, 4)] if float32 else [(4, 2), (2, 2)]
+        most = min(32 if float32 else 64, self.key_tile) if self.split else self.key_tile
+        for (rows, columns), blocks in product(warps, (2, 1) if self.split and warps[0][1] == 4 else (1,)):
+            least = min(most, 16 * columns)
             yield from ((rows, columns, most >> i, blocks) for i in range(4) if most >> i >= least)
         yield (*warps[-1], 16, 1)
 

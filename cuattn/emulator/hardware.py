@@ -15,6 +15,7 @@ DATA = Path(__file__).parent / "data"
 class TensorCore:
     """One step of a 16-bit mma sums ``terms`` products and the accumulator, each truncated to ``fraction_bits`` bits.
 
+    A step of TF32 sums half as many.
     After Khattak and Mikaitis (arXiv 2512.07004) and MMA-Sim (arXiv 2511.10909).
     """
 

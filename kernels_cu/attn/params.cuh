@@ -85,7 +85,7 @@ struct AppendParams {
 // A key padding mask as tables of places.
 struct ScanParams {
     const unsigned char* mask;  // (batch, key_length), true where a key is
-    int* positions;             // (batch, key_length): place of the j-th key; behind the last one left as it is
+    int* positions;             // (batch, key_length): place of the j-th key; behind the last one 0
     int* seen;                  // (batch, key_length + 1): how many of the first j places hold a key
     i64 batch_stride, token_stride;
     int key_length;

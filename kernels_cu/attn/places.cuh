@@ -32,10 +32,11 @@ class KeyRows {
           value_(start(params.value, params.value_strides, key_head)),
           tables_(ptx::shared_address(&tables)) {}
 
-    // The page of this thread's key of tile `tile`, to be asked for some time before `fill` needs it.
+    // The page of this thread's key of tile `tile`, to be asked for some time before `fill` needs it; of any number where
+    // there is no such key. The table's length is the bound, for the number of keys may be on its way from memory.
     __device__ __forceinline__ int look_up(int tile) const {
         const int key = tile * key_tile + threadIdx.x;
-        if (!paged || threadIdx.x >= key_tile || key >= sequence_.key_length) return 0;
+        if (!paged || threadIdx.x >= key_tile || key >= params_.key_length) return 0;
         return sequence_.page_at(params_.sequences, key);
     }
 

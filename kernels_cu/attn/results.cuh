@@ -1,5 +1,4 @@
-// Outputs and partial results, straight from the registers of warps that share rows: out[b][c] belongs to the warp's row
-// lane / 4 + 8 (c / 2), and is the first or second of two columns (c % 2) that the products know.
+// Outputs and partial results, straight from the registers of warps that share rows (products.cuh says how they are held).
 #pragma once
 
 #include <attn/epilogue.cuh>
@@ -18,7 +17,7 @@ struct WarpRows {
     int existing;                 // rows from first_row on; may be negative
 };
 
-template <class Products, int value_dim, bool float32, bool bfloat16, int blocks>
+template <int value_dim, bool float32, bool bfloat16, int blocks>
 __device__ __forceinline__ void store_output(const ForwardParams& params, const Work& work, const WarpRows& warp,
                                              const float (&out)[blocks][4], const RowStatistics& rows, int lane) {
     const KeySequence& sequence = work.sequence;
@@ -31,7 +30,7 @@ __device__ __forceinline__ void store_output(const ForwardParams& params, const 
         const float scale = normalisation(rows.reference[half], rows.sum[half]);
 #pragma unroll
         for (int b = 0; b < blocks; ++b) {
-            const int column = warp.first_column + Products::out_column(b, lane);
+            const int column = warp.first_column + 8 * b + 2 * (lane & 3);
             if (column < value_dim) {
                 store_pair<float32, bfloat16>(params.out, start + column, normalised(out[b][2 * half], scale),
                                               normalised(out[b][2 * half + 1], scale));
@@ -45,7 +44,7 @@ __device__ __forceinline__ void store_output(const ForwardParams& params, const 
 }
 
 // The result of chunk `chunk`, or of all the chunks before the group's end of range, where chunk 0 stands.
-template <class Products, int value_dim, int blocks>
+template <int value_dim, int blocks>
 __device__ __forceinline__ void store_partial(const ColumnsParams& params, const Work& work, const WarpRows& warp,
                                               int chunk, const float (&out)[blocks][4], const RowStatistics& rows,
                                               int lane) {
@@ -65,7 +64,7 @@ __device__ __forceinline__ void store_partial(const ColumnsParams& params, const
         }
 #pragma unroll
         for (int b = 0; b < blocks; ++b) {
-            const int column = warp.first_column + Products::out_column(b, lane);
+            const int column = warp.first_column + 8 * b + 2 * (lane & 3);
             if (column < value_dim) {
                 ptx::store_global_f32x2(partials.out + index * value_dim + column,
                                         make_float2(out[b][2 * half], out[b][2 * half + 1]));

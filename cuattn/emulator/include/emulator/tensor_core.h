@@ -15,7 +15,8 @@
 
 namespace emulator {
 
-// Terms of one step and their fraction bits. Hopper and Blackwell: 16 and 25. Ampere and Ada: 8 (two steps) and 24.
+// Terms of one step of 16-bit operands and their fraction bits; a step of TF32 has half as many terms. Hopper and
+// Blackwell: 16 and 25. Ampere and Ada: 8 (two steps) and 24.
 struct TensorCore {
     int terms, fraction_bits;
 };
@@ -51,6 +52,7 @@ inline Operand operand(float x) {
 }
 inline Operand bf16_operand(uint16_t bits) { return operand(bits >> 15, bits >> 7 & 255, bits & 127, 7, 127); }
 inline Operand fp16_operand(uint16_t bits) { return operand(bits >> 15, bits >> 10 & 31, bits & 1023, 10, 15); }
+inline Operand tf32_operand(uint32_t bits) { return operand(bits >> 31, bits >> 23 & 255, bits >> 13 & 1023, 10, 127); }
 
 // value / 2^shift, truncated toward zero.
 inline int shift_right(int value, int shift) {
@@ -109,14 +111,13 @@ void dot_add(float (&c)[columns], const Operand* a, const OperandRow<columns>* b
     }
 }
 
-// c (rows x columns) += a (rows x 16) * b (16 x columns), all operands of one 16-bit type.
-template <int rows, int columns>
-void multiply_add(float (&c)[rows][columns], const Operand (&a)[rows][16], const OperandRow<columns> (&b)[16],
+// c (rows x columns) += a (rows x depth) * b (depth x columns), all operands of one type.
+template <int rows, int columns, int depth>
+void multiply_add(float (&c)[rows][columns], const Operand (&a)[rows][depth], const OperandRow<columns> (&b)[depth],
                   int fraction) {
+    const int terms = tensor_core.terms * depth / 16;
     for (int m = 0; m < rows; ++m) {
-        for (int k = 0; k < 16; k += tensor_core.terms) {
-            dot_add(c[m], &a[m][k], &b[k], tensor_core.terms, fraction);
-        }
+        for (int k = 0; k < depth; k += terms) dot_add(c[m], &a[m][k], &b[k], terms, fraction);
     }
 }
 
