@@ -20,7 +20,7 @@ def tensors(arrays: dict[str, Array]) -> dict[str, Tensor]:
 
 
 def scan(mask: Array, schedule: str = "ascending", seed: int = 1) -> tuple[Array, Array]:
-    """(positions, seen) of a mask (batch, length); positions that the kernel leaves alone are -1."""
+    """(positions, seen) of a mask (batch, length); what the kernel leaves alone is -1."""
     tables: list[Array] = []
 
     def allocate(shape: tuple[int, ...], dtype: str) -> Tensor:
@@ -32,7 +32,8 @@ def scan(mask: Array, schedule: str = "ascending", seed: int = 1) -> tuple[Array
 
 
 def expected_scan(mask: Array) -> tuple[Array, Array]:
-    positions = np.full((mask.shape[0], max(1, mask.shape[1])), -1, np.int32)
+    """Behind a row's last position its table is zero; a table of no keys is left alone."""
+    positions = np.full((mask.shape[0], max(1, mask.shape[1])), 0 if mask.shape[1] else -1, np.int32)
     for row, places in zip(mask, positions, strict=True):
         valid = np.flatnonzero(row)
         places[: valid.size] = valid

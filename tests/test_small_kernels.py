@@ -23,7 +23,7 @@ class TestScan:
     def test_one_value(self, length: int, valid: bool) -> None:
         mask = np.full((2, length), valid)
         positions, seen = scan(mask)
-        assert (positions == (np.arange(length) if valid else -1)).all()
+        assert (positions == (np.arange(length) if valid else 0)).all()
         assert (seen == np.arange(length + 1) * valid).all()
 
     def test_strides(self) -> None:
