@@ -8,6 +8,7 @@ from cuattn.backend import use_backend
 from cuattn.cache import append_kv, attention_kvcache
 from cuattn.checks import Partials
 from cuattn.contract import CONTRACT_VERSION
+from cuattn.gradients import attention_backward, attention_varlen_backward
 from cuattn.jit import precompile
 from cuattn.partials import attention_partials, chunk_starts, combine
 
@@ -22,9 +23,11 @@ __all__ = [
     "__version__",
     "append_kv",
     "attention",
+    "attention_backward",
     "attention_kvcache",
     "attention_partials",
     "attention_varlen",
+    "attention_varlen_backward",
     "chunk_starts",
     "combine",
     "precompile",

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from cuattn import backend as backends
 from cuattn import emulator, reference
 from cuattn.backend import Backend
+from cuattn.backward import plan_backward
 from cuattn.interop import Tensor
 from cuattn.launch import device_architecture, launch_kernel, processor_count
-from cuattn.problem import Append, Problem
+from cuattn.problem import Append, Gradients, Problem, Upstream
 from cuattn.problem import Sequences as SequenceLengths
 from cuattn.schedule import Allocate, Launch, Target, plan_append, plan_combine, plan_forward, plan_partials
 
@@ -24,6 +25,16 @@ def execute(problem: Problem, out: Tensor, lse: Tensor) -> None:
         return
     target = _target(backend, problem.query)
     _run(backend, plan_forward(problem, out, lse, target, _allocator(problem.query)), problem.query)
+
+
+def execute_backward(problem: Problem, upstream: Upstream, gradients: Gradients) -> None:
+    """The gradients of attention."""
+    backend = _backend(problem.query)
+    if backend.name == "reference":
+        reference.backward(problem, upstream, gradients)
+        return
+    target = _target(backend, problem.query)
+    _run(backend, plan_backward(problem, upstream, gradients, target, _allocator(problem.query)), problem.query)
 
 
 def execute_append(append: Append, sequences: SequenceLengths, key: Tensor, value: Tensor) -> None:

@@ -123,6 +123,34 @@ class Problem:
         return self.query.shape[1:3] if self.layout == PACKED else self.query.shape[:3]
 
 
+@dataclass(frozen=True)
+class Upstream:
+    """What a backward pass takes besides a Problem without append and block table.
+
+    out: what attention returned, and dout, the gradient of it, in the axes of the query. lse: its LSE, and dlse, the
+    gradient of it or None: contiguous (batch, head, token) of float32.
+    """
+
+    out: Tensor
+    lse: Tensor
+    dout: Tensor
+    dlse: Tensor | None = None
+
+    @property
+    def arrays(self) -> dict[str, Tensor]:
+        named = {"out": self.out, "lse": self.lse, "dout": self.dout, "dlse": self.dlse}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What a backward pass fills: gradients of queries, keys and values, in the axes of these."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
 def caller_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
     """A shape (batch, head, token, column) in the caller's layout."""
     batch, heads, tokens, columns = shape

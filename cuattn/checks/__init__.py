@@ -6,6 +6,7 @@ Nothing is allocated or launched here. Numbers that lie on a GPU are read in che
 from cuattn.checks.arrays import Named
 from cuattn.checks.cache import AppendCall, check_append, check_kvcache
 from cuattn.checks.dense import check_attention, check_varlen
+from cuattn.checks.gradients import check_upstream, gradient_shapes
 from cuattn.checks.options import check_count
 from cuattn.checks.outputs import Output, check_out, output_of
 from cuattn.checks.partials import CombineCall, Partials, PartialsCall, check_combine, check_partials
@@ -24,6 +25,8 @@ __all__ = [
     "check_kvcache",
     "check_out",
     "check_partials",
+    "check_upstream",
     "check_varlen",
+    "gradient_shapes",
     "output_of",
 ]

@@ -12,6 +12,7 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float32]
 Bits = npt.NDArray[np.unsignedinteger[Any]]
 LN2 = np.float32(0.6931471805599453)
+LOG2_E = np.float32(1.4426950408889634)
 
 #: 2**f = 1 + f * p(f) on [-1/2, 1/2], highest power first: near-minimax fit, relative error below 1e-7.
 _EXP2 = tuple(
@@ -71,11 +72,16 @@ def natural_log(x: Array) -> Array:
 def matmul(a: Array, b: Array) -> Array:
     """``a (..., M, K) @ b (..., K, N)``, each element summed over K ascending, a rounding after every operation."""
     out = a[..., :, 0, None] * b[..., None, 0, :]
+    add_matmul(out, a[..., 1:], b[..., 1:, :])
+    return out
+
+
+def add_matmul(out: Array, a: Array, b: Array) -> None:
+    """``out += a (..., M, K) @ b (..., K, N)`` in place: the sum goes on over K ascending."""
     product = np.empty_like(out)
-    for k in range(1, a.shape[-1]):
+    for k in range(a.shape[-1]):
         np.multiply(a[..., :, k, None], b[..., None, k, :], out=product)
         np.add(out, product, out=out)
-    return out
 
 
 def row_sum(x: Array) -> Array:
