@@ -90,6 +90,28 @@ class CombineParams(ctypes.Structure):
     ]
 
 
+class BackwardParams(ctypes.Structure):
+    _fields_ = [
+        ("forward", ForwardParams),
+        ("dout", _POINTER),
+        ("dlse", _POINTER),
+        ("dquery", _POINTER),
+        ("dkey", _POINTER),
+        ("dvalue", _POINTER),
+        ("dout_strides", Strides),
+        ("dquery_strides", Strides),
+        ("dkey_strides", Strides),
+        ("dvalue_strides", Strides),
+        ("rows", _POINTER),
+        ("contributing", _POINTER),
+        ("counts", _POINTER),
+        ("row_count", _LONG),
+        ("key_heads", _INT),
+        ("key_tiles", _INT),
+        ("scale", _FLOAT),
+    ]
+
+
 class AppendParams(ctypes.Structure):
     _fields_ = [
         ("new_key", _POINTER),

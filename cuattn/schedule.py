@@ -73,7 +73,7 @@ def plan_forward(problem: Problem, out: Tensor, lse: Tensor, target: Target, all
         scan = plan_scan(problem.key_padding_mask, target, allocate)
         launches.append(scan)
         tables = scan.scratch
-    attend = _Attend(problem, out, lse, target, tables)
+    attend = Attend(problem, out, lse, target, tables)
     packed = problem.sequences is not None and problem.sequences.query_starts is not None
     mixed = packed and problem.sequences is not None and problem.sequences.cached
     few = problem.num_splits is not None or (not packed and problem.query_length * problem.group <= FEW_ROWS)
@@ -103,7 +103,7 @@ def plan_partials(
     ``partials`` has "out" (chunks, batch, query heads, query length, value dim), "reference" and "sum" (chunks, batch,
     query heads, query length), fp32 and contiguous.
     """
-    attend = _Attend(problem, None, None, target, {}, contract.chunk_start(first_chunk), total_keys)
+    attend = Attend(problem, None, None, target, {}, contract.chunk_start(first_chunk), total_keys)
     return attend.partials(partials, first_chunk)
 
 
@@ -117,7 +117,7 @@ def plan_combine(
     rows = batch * heads * length
     config = configs.CombineConfig(value_dim, out.dtype, target.arch)
     forward = ForwardParams(
-        out=out.pointer, lse=lse.pointer, out_strides=_strides(out), query_heads=heads, group=1, query_length=length
+        out=out.pointer, lse=lse.pointer, out_strides=strides_of(out), query_heads=heads, group=1, query_length=length
     )
     carried = _partial_tensors(1, rows, value_dim, allocate) if len(shards) > 1 else {}
     launches = []
@@ -147,10 +147,10 @@ def plan_append(append: Append, sequences: Sequences, key: Tensor, value: Tensor
         new_value=append.value.pointer,
         key=key.pointer,
         value=value.pointer,
-        new_key_strides=_strides(append.key, unit=key.itemsize),
-        new_value_strides=_strides(append.value, unit=key.itemsize),
-        key_strides=_strides(key, paged, unit=key.itemsize),
-        value_strides=_strides(value, paged, unit=key.itemsize),
+        new_key_strides=strides_of(append.key, unit=key.itemsize),
+        new_value_strides=strides_of(append.value, unit=key.itemsize),
+        key_strides=strides_of(key, paged, unit=key.itemsize),
+        value_strides=strides_of(value, paged, unit=key.itemsize),
         sequences=_arrays(sequences, key),
         heads=heads,
         new_length=length,
@@ -183,7 +183,7 @@ def plan_scan(mask: Tensor, target: Target, allocate: Allocate) -> Launch:
     return Launch(configs.ScanConfig(target.arch), batch, params, {"key_padding_mask": mask}, scratch=tables)
 
 
-class _Attend:
+class Attend:
     """The launches that compute attention for one problem. Keys start at ``first_key`` of ``total_keys``."""
 
     def __init__(
@@ -212,10 +212,10 @@ class _Attend:
             value=value.pointer - first_key * value.strides[2] * value.itemsize,
             out=out.pointer if out else None,
             lse=lse.pointer if lse else None,
-            query_strides=_strides(problem.query),
-            key_strides=_strides(key, problem.paged, bool(tables)),
-            value_strides=_strides(value, problem.paged, bool(tables)),
-            out_strides=_strides(out) if out else Strides(),
+            query_strides=strides_of(problem.query),
+            key_strides=strides_of(key, problem.paged, bool(tables)),
+            value_strides=strides_of(value, problem.paged, bool(tables)),
+            out_strides=strides_of(out) if out else Strides(),
             sequences=self._sequences(),
             query_heads=problem.query_heads,
             group=problem.group,
@@ -233,10 +233,10 @@ class _Attend:
         config = configs.many_rows(*shape, sequences is not None or self.paged, self.paged)
         self.params.sequences.few_rows = few_rows
         if isinstance(config, ForwardConfig):
-            self.params.query_tiles = self._tiles(config.query_tile, 1)
+            self.params.query_tiles = self.tiles_of(config.query_tile, 1)
             grid = problem.batch * problem.query_heads * self.params.query_tiles
             return self._launch(config, grid, self.params, config.query_tile)
-        self.params.query_tiles = self._tiles(config.row_tile, problem.group)
+        self.params.query_tiles = self.tiles_of(config.row_tile, problem.group)
         grid = problem.batch * problem.key_heads * self.params.query_tiles
         return self._launch(config, grid, ColumnsParams(self.params, PartialParams()), config.row_tile)
 
@@ -246,7 +246,7 @@ class _Attend:
         Sequences of more than ``few_rows`` rows are left to another launch.
         """
         problem, config = self.problem, self._few_rows_config()
-        tiles = self._tiles(config.row_tile, problem.group)
+        tiles = self.tiles_of(config.row_tile, problem.group)
         groups = problem.batch * problem.key_heads * tiles
         chunks = max(1, contract.chunk_count(self.key_length))
         key_tiles = max(1, -(-self.key_length // config.key_tile))
@@ -285,7 +285,7 @@ class _Attend:
     def partials(self, partials: dict[str, Tensor], first_chunk: int) -> Launch:
         config = self._few_rows_config()
         problem = self.problem
-        self.params.query_tiles = self._tiles(config.row_tile, problem.group)
+        self.params.query_tiles = self.tiles_of(config.row_tile, problem.group)
         self.params.sequences.few_rows = LARGEST_GRID
         chunks = partials["sum"].shape[0]
         rows = problem.batch * problem.query_heads * problem.query_length
@@ -300,7 +300,7 @@ class _Attend:
         p = self.problem
         return configs.few_rows(p.head_dim, p.value_dim, p.mask, p.query.dtype, self.target.arch, self.paged)
 
-    def _tiles(self, tile_rows: int, token_rows: int) -> int:
+    def tiles_of(self, tile_rows: int, token_rows: int) -> int:
         """Tiles of a head and batch entry; of packed sequences as many as they could need, for lengths are not known
         here (kernels_cu/attn/place.cuh)."""
         rows = self.problem.query_length * token_rows
@@ -364,7 +364,7 @@ def _set_pages(arrays: SequenceArrays, page_size: int, pages_per_sequence: int, 
     arrays.page_magic = -(-(2 ** (31 + arrays.page_shift)) // page_size)
 
 
-def _strides(tensor: Tensor, paged: bool = False, by_position: bool = False, unit: int = 1) -> Strides:
+def strides_of(tensor: Tensor, paged: bool = False, by_position: bool = False, unit: int = 1) -> Strides:
     """by_position: tables say where each single key of a batch entry lies. ``unit`` is 1 for elements."""
     first, head, token = (stride * unit for stride in tensor.strides[:3])
     return Strides(0 if paged else first, head, token, first if paged else token if by_position else 0)

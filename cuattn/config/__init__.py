@@ -3,6 +3,7 @@
 import functools
 
 from cuattn.config import forward
+from cuattn.config.backward import CompactConfig, KeysConfig, QueriesConfig, RowsConfig
 from cuattn.config.base import ARCHITECTURES, DTYPES, HEAD_DIMS, MASKS, KernelConfig, architecture_of
 from cuattn.config.columns import ColumnsConfig
 from cuattn.config.forward import ForwardConfig
@@ -16,11 +17,16 @@ __all__ = [
     "AppendConfig",
     "ColumnsConfig",
     "CombineConfig",
+    "CompactConfig",
     "ForwardConfig",
     "KernelConfig",
+    "KeysConfig",
+    "QueriesConfig",
+    "RowsConfig",
     "ScanConfig",
     "architecture_of",
     "attention_configs",
+    "backward_configs",
     "few_rows",
     "helper_configs",
     "many_rows",
@@ -62,6 +68,15 @@ def attention_configs(
     return [*dict.fromkeys([*many, *few]), CombineConfig(value_dim, dtype, arch)]
 
 
+def backward_configs(
+    head_dim: int, mask: str, dtype: str, arch: str, value_dim: int | None = None
+) -> list[KernelConfig]:
+    """The kernels that gradients may need, besides those of `helper_configs`."""
+    value_dim = value_dim or head_dim
+    queries = [QueriesConfig(head_dim, value_dim, dtype, arch, paged) for paged in (False, True)]
+    return [RowsConfig(value_dim, mask, dtype, arch), KeysConfig(head_dim, value_dim, dtype, arch), *queries]
+
+
 def helper_configs(arch: str) -> list[KernelConfig]:
     """The kernels that do not depend on a head dim."""
-    return [AppendConfig(arch), ScanConfig(arch)]
+    return [AppendConfig(arch), ScanConfig(arch), CompactConfig(arch)]

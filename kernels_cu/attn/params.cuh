@@ -71,6 +71,29 @@ struct CombineParams {
     int load_carried, store_carried;
 };
 
+// What the backward pass knows of a query row of a head: 16 bytes.
+struct RowRecord {
+    float log;    // its LSE in the log2 domain
+    float delta;  // dout times out less dlse
+    int visible;  // keys that it sees; 0 if it contributes nothing
+    int row;      // its number among the rows of its sequence
+};
+
+struct BackwardParams {
+    ForwardParams forward;  // out and lse are read; query_tiles are those of backward_queries
+    const void* dout;       // as out
+    const float* dlse;      // as lse, or null
+    void *dquery, *dkey, *dvalue;
+    Strides dout_strides, dquery_strides, dkey_strides, dvalue_strides;
+    // (batch, query_heads, query_length), as lse: of every row, and the contributing rows of each sequence at its start
+    RowRecord *rows, *contributing;
+    int* counts;    // (sequences, query_heads): rows that contribute
+    i64 row_count;  // of all heads
+    int key_heads;
+    int key_tiles;  // blocks of backward_keys for a key head and batch entry
+    float scale;
+};
+
 // New keys and values into a cache, behind the key_lengths of its sequences.
 struct AppendParams {
     const void *new_key, *new_value;  // (batch, heads, new_length, head_dim); packed: batch 1, new_length all rows

@@ -9,14 +9,13 @@
 
 namespace cuattn {
 
-// The sequence that tile `tile` of a packed batch belongs to; tiles have tile_rows rows, tokens `token_rows`. Sequence s
-// gets the tiles from query_starts[s] token_rows / tile_rows + s on: at least as many as it needs, known without a pass
+// Which of `count` sequences, packed at `starts`, tile `tile` belongs to; tiles have tile_rows rows, tokens `token_rows`.
+// Sequence s gets the tiles from starts[s] token_rows / tile_rows + s on: at least as many as it needs, known without a pass
 // over the lengths before it.
 template <int tile_rows>
-__device__ __forceinline__ int find_sequence(const Sequences& sequences, int tile, int token_rows, int lane) {
-    return last_sequence(sequences.count, lane, [&](int s) {
-        return i64(ptx::load_global_s32(sequences.query_starts + s)) * token_rows / tile_rows + s <= tile;
-    });
+__device__ __forceinline__ int find_sequence(const int* starts, int count, int tile, int token_rows, int lane) {
+    return last_sequence(
+        count, lane, [&](int s) { return i64(ptx::load_global_s32(starts + s)) * token_rows / tile_rows + s <= tile; });
 }
 
 // Blocks run (batch, head, tile), tile fastest, the longest causal rows first: the block scheduler fills the tail with
@@ -40,7 +39,8 @@ struct Place : Sequence<causal, ragged, paged> {
     __device__ __forceinline__ Place(const ForwardParams& params, int tile, u32 item, u32 heads, int token_rows,
                                      int lane)
         : Base(params, ragged && params.sequences.query_starts
-                           ? find_sequence<tile_rows>(params.sequences, tile, token_rows, lane)
+                           ? find_sequence<tile_rows>(params.sequences.query_starts, params.sequences.count, tile,
+                                                      token_rows, lane)
                            : static_cast<int>(item / heads)),
           head(static_cast<int>(item % heads)) {
         if (ragged && params.sequences.query_starts) {

@@ -24,4 +24,18 @@ __device__ __forceinline__ u32 pack_16bit(float low, float high) {
     return packed;
 }
 
+// The two numbers of a packed pair.
+template <bool bfloat16>
+__device__ __forceinline__ float2 unpack_16bit(u32 packed) {
+    if constexpr (bfloat16) {
+        return make_float2(__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u));
+    } else {
+        float2 x;
+        asm("{.reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high;}"
+            : "=f"(x.x), "=f"(x.y)
+            : "r"(packed));
+        return x;
+    }
+}
+
 }  // namespace cuattn::ptx

@@ -48,4 +48,12 @@ inline uint16_t to_fp16(float x) {
     return static_cast<uint16_t>(sign | rounded);
 }
 
+inline float from_fp16(uint16_t bits) {
+    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+    if (exponent == 31) return fraction ? float_of(0x7fffffff) : (bits >> 15 ? -HUGE_VALF : HUGE_VALF);
+    const float magnitude =
+        std::ldexp(static_cast<float>(fraction + (exponent ? 1024 : 0)), (exponent ? exponent : 1) - 25);
+    return bits >> 15 ? -magnitude : magnitude;
+}
+
 }  // namespace emulator

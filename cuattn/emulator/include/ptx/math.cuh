@@ -14,4 +14,12 @@ u32 pack_16bit(float low, float high) {
     return convert(low) | static_cast<u32>(convert(high)) << 16;
 }
 
+template <bool bfloat16>
+float2 unpack_16bit(u32 packed) {
+    const auto convert = [](u32 bits) {
+        return bfloat16 ? emulator::float_of(bits << 16) : emulator::from_fp16(static_cast<u16>(bits));
+    };
+    return {convert(packed & 0xffffu), convert(packed >> 16)};
+}
+
 }  // namespace cuattn::ptx

@@ -1,0 +1,306 @@
+// Gradients of keys and values, any dtype and head dim. The including unit defines namespace cuattn::config with the
+// constants of one KeysConfig (cuattn/jit/unit.py).
+//
+// A block has key_tile keys of one key head, and passes over the rows that contribute of all query heads of the group:
+// heads ascending, rows ascending, row_step at a time. A warp has 16 key_blocks keys; column_warps of them share the keys,
+// compute the same scores and divide the columns of the gradients. Scores are computed with keys as rows, so that weights
+// are in place as left operands. Records of rows are asked for one step ahead of the rows. What is summed, and in which
+// order, depends on the sequence alone (docs/numerics.md).
+#pragma once
+
+#include <attn/epilogue.cuh>
+#include <attn/fragments.cuh>
+#include <attn/matmul.cuh>
+#include <attn/params.cuh>
+#include <attn/place.cuh>
+#include <attn/records.cuh>
+#include <attn/search.cuh>
+#include <attn/sequence.cuh>
+#include <attn/tile.cuh>
+#include <common/types.cuh>
+#include <ptx/cp_async.cuh>
+#include <ptx/memory.cuh>
+
+namespace cuattn {
+
+using config::head_dim, config::tile_dim, config::value_dim, config::value_tile_dim;
+using config::key_warps, config::key_blocks, config::column_warps, config::row_step;
+
+constexpr int threads = 32 * key_warps * column_warps;
+constexpr int warp_keys = 16 * key_blocks, key_tile = warp_keys * key_warps;
+
+using Operands = Fragments<config::float32, config::bfloat16>;
+using Element = Operands::Element;
+using KeyTile = Tile<tile_dim, sizeof(Element)>;
+using ValueTile = Tile<value_tile_dim, sizeof(Element)>;
+using KeySequence = Sequence<false, true, true>;  // what a row sees stands in its record
+
+// Of `columns`, those of a warp, and groups of a sum over them.
+constexpr int share_of(int columns) { return (columns + 16 * column_warps - 1) / (16 * column_warps) * 16; }
+constexpr int groups_of(int columns) { return (columns + Operands::depth - 1) / Operands::depth; }
+
+static_assert(config::contract_version == 1, "this file implements version 1 of docs/numerics.md");
+static_assert(row_step % 16 == 0 && row_step <= threads);
+static_assert(share_of(head_dim) * column_warps <= tile_dim && share_of(value_dim) * column_warps <= value_tile_dim);
+
+struct Rows {
+    unsigned char query[row_step * KeyTile::row_bytes], dout[row_step * ValueTile::row_bytes];
+};
+
+struct SharedMemory {
+    alignas(1024) unsigned char key[key_tile * KeyTile::row_bytes];
+    unsigned char value[key_tile * ValueTile::row_bytes];
+    Rows rows[2];                    // of this step and the next
+    RowRecord records[3][row_step];  // and of the one after
+};
+static_assert(sizeof(SharedMemory) == config::shared_bytes);
+
+// A step's rows: those from number `row` on of the `count` that contribute of query head `head`.
+struct Step {
+    int head, row, count;
+};
+
+class BlockKeys {
+  public:
+    __device__ __forceinline__ BlockKeys(const BackwardParams& params, SharedMemory& shared,
+                                         const KeySequence& sequence, int key_head, int first_key)
+        : params_(params),
+          shared_(shared),
+          sequence_(sequence),
+          key_head_(key_head),
+          first_key_(first_key),
+          lane_(threadIdx.x & 31),
+          key_warp_(threadIdx.x / 32 / column_warps),
+          column_warp_(threadIdx.x / 32 % column_warps) {}
+
+    __device__ __forceinline__ void run() {
+        store_padding();
+        if (first_key_ >= sequence_.key_length) return;
+        load_keys();
+        next_ = first_step(key_head_ * params_.forward.group);
+        load_records();
+        ptx::cp_async_commit();
+        ptx::cp_async_wait<0>();
+        __syncthreads();
+        load_step();
+
+        float dkey[key_blocks][share_of(head_dim) / 8][4], dvalue[key_blocks][share_of(value_dim) / 8][4];
+        clear(dkey);
+        clear(dvalue);
+#pragma unroll 1
+        for (int step = 0; step < loaded_; ++step) {
+            ptx::cp_async_wait<0>();
+            __syncthreads();  // this step's rows are there for all; what is loaded next has been read by all
+            load_step();
+            add_rows(dkey, dvalue, step);
+        }
+        store(params_.dkey, params_.dkey_strides, dkey, head_dim, params_.scale);
+        store(params_.dvalue, params_.dvalue_strides, dvalue, value_dim, 1.0f);
+    }
+
+  private:
+    template <int blocks>
+    __device__ __forceinline__ static void clear(float (&x)[key_blocks][blocks][4]) {
+#pragma unroll
+        for (int m = 0; m < key_blocks; ++m) {
+#pragma unroll
+            for (int b = 0; b < blocks; ++b) x[m][b][0] = x[m][b][1] = x[m][b][2] = x[m][b][3] = 0.0f;
+        }
+    }
+
+    // The place of a key that exists.
+    __device__ __forceinline__ int place_of(int key) const {
+        return sequence_.pages ? sequence_.page_at(params_.forward.sequences, key) : key;
+    }
+
+    template <class T>
+    __device__ __forceinline__ T* place_in(T* data, const Strides& strides, int place) const {
+        return KeySequence::start_of(data, strides, sequence_.key_batch, key_head_, sequence_.key_start + place);
+    }
+
+    __device__ __forceinline__ void load_keys() const {
+        const ForwardParams& forward = params_.forward;
+        const int existing = sequence_.key_length - first_key_;
+        const auto place = [&](int row) { return row < existing ? place_of(first_key_ + row) : 0; };
+        KeyTile::template load<head_dim, key_tile, threads>(
+            ptx::shared_address(shared_.key), existing, threadIdx.x, place,
+            [&](int at) { return place_in(static_cast<const Element*>(forward.key), forward.key_strides, at); });
+        ValueTile::template load<value_dim, key_tile, threads>(
+            ptx::shared_address(shared_.value), existing, threadIdx.x, place,
+            [&](int at) { return place_in(static_cast<const Element*>(forward.value), forward.value_strides, at); });
+    }
+
+    __device__ __forceinline__ const RowRecord* records_of(int head) const {
+        return params_.contributing + first_record(params_.forward, sequence_, head);
+    }
+
+    // The first step of query head `head` or of the first one behind it that has rows: it is the first that sees the
+    // block's keys, but starts with a whole group. Of a head behind the group there is none.
+    __device__ __forceinline__ Step first_step(int head) const {
+        const int end = (key_head_ + 1) * params_.forward.group;
+        for (; head < end; ++head) {
+            const int count =
+                ptx::load_global_s32(params_.counts + i64(sequence_.index) * params_.forward.query_heads + head);
+            if (count == 0) continue;
+            const RowRecord* const records = records_of(head);
+            const int last_without = last_sequence(
+                count, lane_, [&](int i) { return ptx::load_global_s32(&records[i].visible) <= first_key_; });
+            return {head, last_without / 16 * 16, count};
+        }
+        return {end, 0, 0};
+    }
+
+    // Starts the copy of the records of step next_.
+    __device__ __forceinline__ void load_records() {
+        const int row = next_.row + static_cast<int>(threadIdx.x);
+        if (next_.count == 0 || threadIdx.x >= row_step) return;
+        const u32 to = ptx::shared_address(&shared_.records[loaded_ % 3][threadIdx.x]);
+        ptx::cp_async_16(to, records_of(next_.head) + row, row < next_.count);
+    }
+
+    // Starts the copies of the rows whose records are there, and of the records behind them.
+    __device__ __forceinline__ void load_step() {
+        const Step step = next_;
+        if (step.count > 0) {
+            const ForwardParams& forward = params_.forward;
+            const u32 records = ptx::shared_address(shared_.records[loaded_ % 3]);
+            Rows& rows = shared_.rows[loaded_ % 2];
+            const int existing = step.count - step.row;
+            const auto number = [&](int row) {
+                return static_cast<int>(ptx::load_shared_u32(records + row * sizeof(RowRecord) + 12));
+            };
+            const auto start = [&](const void* data, const Strides& strides, int row) {
+                return KeySequence::start_of(static_cast<const Element*>(data), strides, sequence_.query_batch,
+                                             step.head, sequence_.query_start + row);
+            };
+            KeyTile::template load<head_dim, row_step, threads>(
+                ptx::shared_address(rows.query), existing, threadIdx.x, number,
+                [&](int row) { return start(forward.query, forward.query_strides, row); });
+            ValueTile::template load<value_dim, row_step, threads>(
+                ptx::shared_address(rows.dout), existing, threadIdx.x, number,
+                [&](int row) { return start(params_.dout, params_.dout_strides, row); });
+            ++loaded_;
+            next_.row += row_step;
+            if (next_.row >= next_.count) next_ = first_step(step.head + 1);
+            load_records();
+        }
+        ptx::cp_async_commit();
+    }
+
+    // Adds the rows of step `step` to the gradients.
+    template <int key_columns, int value_columns>
+    __device__ __forceinline__ void add_rows(float (&dkey)[key_blocks][key_columns][4],
+                                             float (&dvalue)[key_blocks][value_columns][4], int step) const {
+        const u32 records = ptx::shared_address(shared_.records[step % 3]);
+        const Rows& rows = shared_.rows[step % 2];
+        const u32 query = ptx::shared_address(rows.query), dout = ptx::shared_address(rows.dout);
+        const int warp_key = key_warp_ * warp_keys;
+        const int last_visible =
+            static_cast<int>(ptx::load_shared_u32(records + (row_step - 1) * sizeof(RowRecord) + 8));
+        if (last_visible > 0 && last_visible <= first_key_ + warp_key) return;  // none of the rows sees the warp's keys
+
+        const auto record = [&](int b, int c) {
+            return record_of(ptx::load_shared_f32x4(records + (8 * b + 2 * (lane_ & 3) + c) * sizeof(RowRecord)));
+        };
+        const int key = first_key_ + warp_key + lane_ / 4;
+        const float factor = params_.forward.negate_scores ? -params_.forward.factor : params_.forward.factor;
+        float weight[key_blocks][row_step / 8][4], dscore[key_blocks][row_step / 8][4];
+        multiply_rows<Operands, KeyTile, groups_of(head_dim)>(
+            weight, ptx::shared_address(shared_.key) + warp_key * KeyTile::row_bytes, query, lane_);
+#pragma unroll
+        for (int b = 0; b < row_step / 8; ++b) {
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                const RowRecord row = record(b, c);
+#pragma unroll
+                for (int i = 0; i < 2 * key_blocks; ++i) {
+                    float& x = weight[i / 2][b][2 * (i & 1) + c];
+                    x = weight_of(x, factor, row, key + 8 * i);
+                }
+            }
+        }
+        add_product<Operands, ValueTile>(dvalue, weight, dout, column_warp_ * value_columns * 8, lane_);
+        multiply_rows<Operands, ValueTile, groups_of(value_dim)>(
+            dscore, ptx::shared_address(shared_.value) + warp_key * ValueTile::row_bytes, dout, lane_);
+#pragma unroll
+        for (int b = 0; b < row_step / 8; ++b) {
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                const RowRecord row = record(b, c);
+#pragma unroll
+                for (int i = 0; i < 2 * key_blocks; ++i) {
+                    float& x = dscore[i / 2][b][2 * (i & 1) + c];
+                    x = dscore_of(weight[i / 2][b][2 * (i & 1) + c], x, row, key + 8 * i);
+                }
+            }
+        }
+        add_product<Operands, KeyTile>(dkey, dscore, query, column_warp_ * key_columns * 8, lane_);
+    }
+
+    // Writes the warp's part of a gradient, times `scale`.
+    template <int blocks>
+    __device__ __forceinline__ void store(void* data, const Strides& strides,
+                                          const float (&gradient)[key_blocks][blocks][4], int columns,
+                                          float scale) const {
+#pragma unroll
+        for (int i = 0; i < 2 * key_blocks; ++i) {
+            const int key = first_key_ + key_warp_ * warp_keys + 8 * i + lane_ / 4;
+            if (key >= sequence_.key_length) continue;
+            Element* const row = place_in(static_cast<Element*>(data), strides, place_of(key));
+#pragma unroll
+            for (int b = 0; b < blocks; ++b) {
+                const int column = (column_warp_ * blocks + b) * 8 + 2 * (lane_ & 3), c = 2 * (i & 1);
+                if (column < columns) {
+                    store_pair<config::float32, config::bfloat16>(row, column, normalised(gradient[i / 2][b][c], scale),
+                                                                  normalised(gradient[i / 2][b][c + 1], scale));
+                }
+            }
+        }
+    }
+
+    // Zeros at those of the places [first_key_, first_key_ + key_tile) that hold no key.
+    __device__ __forceinline__ void store_padding() const {
+        const int end = min(key_tile, sequence_.places - first_key_);
+        for (int i = key_warp_ * column_warps + column_warp_; i < end; i += threads / 32) {
+            const int place = first_key_ + i;
+            const bool is_key = sequence_.seen ? ptx::load_global_s32(sequence_.seen + place) <
+                                                     ptx::load_global_s32(sequence_.seen + place + 1)
+                                               : place < sequence_.key_length;
+            if (is_key) continue;
+            const auto clear_row = [&](void* data, const Strides& strides, int columns) {
+                Element* const row = place_in(static_cast<Element*>(data), strides, place);
+                for (int column = 2 * lane_; column < columns; column += 64) {
+                    store_pair<config::float32, config::bfloat16>(row, column, 0.0f, 0.0f);
+                }
+            };
+            clear_row(params_.dkey, params_.dkey_strides, head_dim);
+            clear_row(params_.dvalue, params_.dvalue_strides, value_dim);
+        }
+    }
+
+    const BackwardParams& params_;
+    SharedMemory& shared_;
+    const KeySequence& sequence_;
+    const int key_head_, first_key_;
+    const int lane_, key_warp_, column_warp_;
+    Step next_;       // whose records are on their way
+    int loaded_ = 0;  // steps whose rows are on their way or were
+};
+
+extern "C" __global__ void __launch_bounds__(threads, config::blocks_per_multiprocessor)
+    backward_keys(const __grid_constant__ BackwardParams params) {
+    const ForwardParams& forward = params.forward;
+    const int item = blockIdx.x / params.key_tiles;
+    const int* const starts = forward.sequences.key_starts;
+    int tile = blockIdx.x % params.key_tiles;
+    const KeySequence sequence(forward, starts ? find_sequence<key_tile>(starts, forward.sequences.count, tile, 1,
+                                                                         static_cast<int>(threadIdx.x & 31))
+                                               : item / params.key_heads);
+    if (starts) tile -= sequence.key_start / key_tile + sequence.index;
+    if (tile < 0 || tile * key_tile >= sequence.places) return;
+    BlockKeys(params, *static_cast<SharedMemory*>(ptx::dynamic_shared()), sequence, item % params.key_heads,
+              tile * key_tile)
+        .run();
+}
+
+}  // namespace cuattn
