@@ -2,7 +2,7 @@
 // constants of one KeysConfig (cuattn/jit/unit.py).
 //
 // A block has key_tile keys of one key head, and passes over the rows that contribute of all query heads of the group:
-// heads ascending, rows ascending, row_step at a time. A warp has 16 key_blocks keys; column_warps of them share the keys,
+// heads ascending, rows ascending: row_step are copied at a time, row_part computed. A warp has 16 key_blocks keys; column_warps of them share the keys,
 // compute the same scores and divide the columns of the gradients. Scores are computed with keys as rows, so that weights
 // are in place as left operands. Records of rows are asked for one step ahead of the rows. What is summed, and in which
 // order, depends on the sequence alone (docs/numerics.md).
@@ -24,7 +24,7 @@
 namespace cuattn {
 
 using config::head_dim, config::tile_dim, config::value_dim, config::value_tile_dim;
-using config::key_warps, config::key_blocks, config::column_warps, config::row_step;
+using config::key_warps, config::key_blocks, config::column_warps, config::row_step, config::row_part;
 
 constexpr int threads = 32 * key_warps * column_warps;
 constexpr int warp_keys = 16 * key_blocks, key_tile = warp_keys * key_warps;
@@ -35,13 +35,10 @@ using KeyTile = Tile<tile_dim, sizeof(Element)>;
 using ValueTile = Tile<value_tile_dim, sizeof(Element)>;
 using KeySequence = Sequence<false, true, true>;  // what a row sees stands in its record
 
-// Of `columns`, those of a warp, and groups of a sum over them.
-constexpr int share_of(int columns) { return (columns + 16 * column_warps - 1) / (16 * column_warps) * 16; }
-constexpr int groups_of(int columns) { return (columns + Operands::depth - 1) / Operands::depth; }
-
 static_assert(config::contract_version == 1, "this file implements version 1 of docs/numerics.md");
-static_assert(row_step % 16 == 0 && row_step <= threads);
-static_assert(share_of(head_dim) * column_warps <= tile_dim && share_of(value_dim) * column_warps <= value_tile_dim);
+static_assert(row_part % 16 == 0 && row_step % row_part == 0 && row_step <= threads);
+static_assert(share_of<column_warps>(head_dim) * column_warps <= tile_dim &&
+              share_of<column_warps>(value_dim) * column_warps <= value_tile_dim);
 
 struct Rows {
     unsigned char query[row_step * KeyTile::row_bytes], dout[row_step * ValueTile::row_bytes];
@@ -84,7 +81,8 @@ class BlockKeys {
         __syncthreads();
         load_step();
 
-        float dkey[key_blocks][share_of(head_dim) / 8][4], dvalue[key_blocks][share_of(value_dim) / 8][4];
+        float dkey[key_blocks][share_of<column_warps>(head_dim) / 8][4],
+            dvalue[key_blocks][share_of<column_warps>(value_dim) / 8][4];
         clear(dkey);
         clear(dvalue);
 #pragma unroll 1
@@ -92,7 +90,13 @@ class BlockKeys {
             ptx::cp_async_wait<0>();
             __syncthreads();  // this step's rows are there for all; what is loaded next has been read by all
             load_step();
-            add_rows(dkey, dvalue, step);
+            const u32 records = ptx::shared_address(shared_.records[step % 3]);
+            const u32 rows = ptx::shared_address(&shared_.rows[step % 2]);
+#pragma unroll 1
+            for (int first = 0; first < row_step; first += row_part) {
+                add_rows(dkey, dvalue, records + first * sizeof(RowRecord), rows + first * KeyTile::row_bytes,
+                         rows + row_step * KeyTile::row_bytes + first * ValueTile::row_bytes);
+            }
         }
         store(params_.dkey, params_.dkey_strides, dkey, head_dim, params_.scale);
         store(params_.dvalue, params_.dvalue_strides, dvalue, value_dim, 1.0f);
@@ -187,16 +191,14 @@ class BlockKeys {
         ptx::cp_async_commit();
     }
 
-    // Adds the rows of step `step` to the gradients.
+    // Adds rows to the gradients; the shared addresses are those of their records, queries and upstream gradients.
     template <int key_columns, int value_columns>
     __device__ __forceinline__ void add_rows(float (&dkey)[key_blocks][key_columns][4],
-                                             float (&dvalue)[key_blocks][value_columns][4], int step) const {
-        const u32 records = ptx::shared_address(shared_.records[step % 3]);
-        const Rows& rows = shared_.rows[step % 2];
-        const u32 query = ptx::shared_address(rows.query), dout = ptx::shared_address(rows.dout);
+                                             float (&dvalue)[key_blocks][value_columns][4], u32 records, u32 query,
+                                             u32 dout) const {
         const int warp_key = key_warp_ * warp_keys;
         const int last_visible =
-            static_cast<int>(ptx::load_shared_u32(records + (row_step - 1) * sizeof(RowRecord) + 8));
+            static_cast<int>(ptx::load_shared_u32(records + (row_part - 1) * sizeof(RowRecord) + 8));
         if (last_visible > 0 && last_visible <= first_key_ + warp_key) return;  // none of the rows sees the warp's keys
 
         const auto record = [&](int b, int c) {
@@ -204,11 +206,11 @@ class BlockKeys {
         };
         const int key = first_key_ + warp_key + lane_ / 4;
         const float factor = params_.forward.negate_scores ? -params_.forward.factor : params_.forward.factor;
-        float weight[key_blocks][row_step / 8][4], dscore[key_blocks][row_step / 8][4];
-        multiply_rows<Operands, KeyTile, groups_of(head_dim)>(
+        float weight[key_blocks][row_part / 8][4], dscore[key_blocks][row_part / 8][4];
+        multiply_rows<Operands, KeyTile, groups_of<Operands>(head_dim)>(
             weight, ptx::shared_address(shared_.key) + warp_key * KeyTile::row_bytes, query, lane_);
 #pragma unroll
-        for (int b = 0; b < row_step / 8; ++b) {
+        for (int b = 0; b < row_part / 8; ++b) {
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
                 const RowRecord row = record(b, c);
@@ -220,10 +222,10 @@ class BlockKeys {
             }
         }
         add_product<Operands, ValueTile>(dvalue, weight, dout, column_warp_ * value_columns * 8, lane_);
-        multiply_rows<Operands, ValueTile, groups_of(value_dim)>(
+        multiply_rows<Operands, ValueTile, groups_of<Operands>(value_dim)>(
             dscore, ptx::shared_address(shared_.value) + warp_key * ValueTile::row_bytes, dout, lane_);
 #pragma unroll
-        for (int b = 0; b < row_step / 8; ++b) {
+        for (int b = 0; b < row_part / 8; ++b) {
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
                 const RowRecord row = record(b, c);

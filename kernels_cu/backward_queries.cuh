@@ -1,8 +1,9 @@
 // Gradients of queries, any dtype and head dim. The including unit defines namespace cuattn::config with the constants of
 // one QueriesConfig (cuattn/jit/unit.py).
 //
-// A block has query_tile rows of one head, 16 row_blocks a warp, and passes over the keys that any of them sees,
-// ascending, key_step at a time. What a row sums, and in which order, depends on absolute key positions alone
+// A block has query_tile rows of one head, and passes over the keys that any of them sees, ascending, key_step at a time. A
+// warp has 16 row_blocks rows; column_warps of them share the rows, compute the same scores and divide the columns of the
+// gradient. What a row sums, and in which order, depends on absolute key positions alone
 // (docs/numerics.md).
 #pragma once
 
@@ -21,9 +22,9 @@
 namespace cuattn {
 
 using config::head_dim, config::tile_dim, config::value_dim, config::value_tile_dim;
-using config::row_warps, config::row_blocks, config::key_step, config::ring_slots;
+using config::row_warps, config::row_blocks, config::column_warps, config::key_step, config::ring_slots;
 
-constexpr int threads = 32 * row_warps;
+constexpr int threads = 32 * row_warps * column_warps;
 constexpr int warp_rows = 16 * row_blocks, query_tile = warp_rows * row_warps;
 constexpr int lookahead = ring_slots - 1;
 
@@ -34,10 +35,10 @@ using ValueTile = Tile<value_tile_dim, sizeof(Element)>;
 using BlockPlace = Place<query_tile, false, true, config::paged>;  // what a row sees stands in its record
 using Keys = KeyRows<Element, config::paged, BlockPlace, 2, key_step>;
 
-constexpr int groups_of(int columns) { return (columns + Operands::depth - 1) / Operands::depth; }
-constexpr int blocks = (head_dim + 15) / 16 * 2;  // of 8 columns
+constexpr int blocks = share_of<column_warps>(head_dim) / 8;  // of 8 columns
 
 static_assert(config::contract_version == 1, "this file implements version 1 of docs/numerics.md");
+static_assert(blocks * 8 * column_warps <= tile_dim);
 static_assert(key_step % 16 == 0 && key_step <= threads && lookahead >= 1);
 
 struct Slot {
@@ -62,7 +63,8 @@ extern "C" __global__ void __launch_bounds__(threads, config::blocks_per_multipr
     backward_queries(const __grid_constant__ BackwardParams params) {
     SharedMemory& shared = *static_cast<SharedMemory*>(ptx::dynamic_shared());
     const ForwardParams& forward = params.forward;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 / column_warps;
+    const int first_column = threadIdx.x / 32 % column_warps * blocks * 8;
     const BlockPlace place(forward, forward.query_heads, 1, lane);
     if (!place.has_rows(1)) return;
     const RowRecord* const records = params.rows + first_record(forward, place, place.head);
@@ -143,8 +145,8 @@ extern "C" __global__ void __launch_bounds__(threads, config::blocks_per_multipr
         const u32 key = ptx::shared_address(slot.key), value = ptx::shared_address(slot.value);
         const int column = first_key + 2 * (lane & 3);
         float weight[row_blocks][key_step / 8][4], dscore[row_blocks][key_step / 8][4];
-        multiply_rows<Operands, KeyTile, groups_of(head_dim)>(weight, query, key, lane);
-        multiply_rows<Operands, ValueTile, groups_of(value_dim)>(dscore, dout, value, lane);
+        multiply_rows<Operands, KeyTile, groups_of<Operands>(head_dim)>(weight, query, key, lane);
+        multiply_rows<Operands, ValueTile, groups_of<Operands>(value_dim)>(dscore, dout, value, lane);
 #pragma unroll
         for (int m = 0; m < row_blocks; ++m) {
 #pragma unroll
@@ -158,18 +160,19 @@ extern "C" __global__ void __launch_bounds__(threads, config::blocks_per_multipr
                 }
             }
         }
-        add_product<Operands, KeyTile>(dquery, dscore, key, 0, lane);
+        add_product<Operands, KeyTile>(dquery, dscore, key, first_column, lane);
     }
 
+    const BlockPlace end(forward, forward.query_heads, 1, lane);  // found again rather than kept in registers
 #pragma unroll
     for (int i = 0; i < 2 * row_blocks; ++i) {
-        const int number = warp_row + 8 * i + lane / 4;
-        if (number >= place.query_length) continue;
+        const int number = end.first_row + warp * warp_rows + 8 * i + lane / 4;
+        if (number >= end.query_length) continue;
         Element* const to = BlockPlace::start_of(static_cast<Element*>(params.dquery), params.dquery_strides,
-                                                 place.query_batch, place.head, place.query_start + number);
+                                                 end.query_batch, end.head, end.query_start + number);
 #pragma unroll
         for (int b = 0; b < blocks; ++b) {
-            const int first = 8 * b + 2 * (lane & 3), c = 2 * (i & 1);
+            const int first = first_column + 8 * b + 2 * (lane & 3), c = 2 * (i & 1);
             if (first < head_dim) {
                 store_pair<config::float32, config::bfloat16>(to, first, normalised(dquery[i / 2][b][c], params.scale),
                                                               normalised(dquery[i / 2][b][c + 1], params.scale));

@@ -102,18 +102,19 @@ class KeysConfig(_GradientConfig):
 
     @property
     def constants(self) -> Constants:
-        key_warps, key_blocks, column_warps, row_step, _ = self._shape
+        key_warps, key_blocks, column_warps, row_step, row_part, _ = self._shape
         return {
             **super().constants,
             "key_warps": key_warps,
             "key_blocks": key_blocks,
             "column_warps": column_warps,
             "row_step": row_step,
+            "row_part": row_part,
         }
 
     @property
     def threads(self) -> int:
-        key_warps, _, column_warps, _, _ = self._shape
+        key_warps, _, column_warps, *_ = self._shape
         return 32 * key_warps * column_warps
 
     @property
@@ -123,7 +124,7 @@ class KeysConfig(_GradientConfig):
 
     @property
     def blocks_per_multiprocessor(self) -> int:
-        return self._shape[4]
+        return self._shape[5]
 
     @functools.cached_property
     def shared_bytes(self) -> int:
@@ -135,26 +136,29 @@ class KeysConfig(_GradientConfig):
         return -(-total // 1024) * 1024
 
     @functools.cached_property
-    def _shape(self) -> tuple[int, int, int, int, int]:
-        """(key warps, blocks of 16 keys a warp, column warps, rows a step, blocks a multiprocessor)."""
+    def _shape(self) -> tuple[int, int, int, int, int, int]:
+        """(key warps, blocks of 16 keys a warp, column warps, rows a copy, rows a step, blocks a multiprocessor)."""
         for shape in self._candidates():
-            key_warps, key_blocks, _, row_step, blocks = shape
+            key_warps, key_blocks, _, row_step, _, blocks = shape
             if self._fits(self._bytes(key_warps, key_blocks, row_step), blocks):
                 return shape
         raise AssertionError(f"{self}: no shape fits into memory")  # every head dim fits everywhere: tested
 
-    def _candidates(self) -> Iterator[tuple[int, int, int, int, int]]:
+    def _candidates(self) -> Iterator[tuple[int, int, int, int, int, int]]:
         """Best first. The accumulators of a warp's keys take half of its registers or less."""
         if self.dtype == "float32":
+            if self._largest_dim <= 64:
+                yield from ((warps, 1, 1, step, 16, 1) for warps, step in ((8, 32), (4, 32), (4, 16)))
             if self._largest_dim <= 128:
-                yield from ((warps, 1, 1, step, 1) for warps, step in ((8, 32), (4, 32), (4, 16), (2, 16)))
-            yield from ((warps, 1, 2, 16, 1) for warps in (4, 2, 1))
+                yield from ((warps, 1, 2, step, 16, 1) for warps, step in ((4, 32), (4, 16), (2, 16)))
+            columns = 2 if self._largest_dim <= 192 else 4
+            yield from ((warps, 1, columns, 16, 16, 1) for warps in (8 // columns, 2, 1))
         elif self._largest_dim <= 64:
-            yield from ((4, 1, 1, 64, 3), (4, 1, 1, 64, 2), (4, 1, 1, 32, 1))
+            yield from ((4, 1, 1, 64, 32, 3), (4, 1, 1, 64, 32, 2), (4, 1, 1, 32, 32, 1))
         elif self._largest_dim <= 128:
-            yield from ((8, 1, 1, 64, 1), (8, 1, 1, 32, 1), (4, 1, 1, 32, 1))
+            yield from ((8, 1, 1, 64, 32, 1), (8, 1, 1, 32, 32, 1), (4, 1, 1, 32, 32, 1))
         else:
-            yield from ((4, 1, 2, 64, 1), (4, 1, 2, 32, 1), (2, 1, 2, 32, 1), (2, 1, 2, 16, 1))
+            yield from ((4, 1, 2, 64, 32, 1), (4, 1, 2, 32, 32, 1), (2, 1, 2, 32, 32, 1), (2, 1, 2, 16, 16, 1))
 
 
 @dataclass(frozen=True)
@@ -171,19 +175,20 @@ class QueriesConfig(_GradientConfig):
 
     @property
     def constants(self) -> Constants:
-        row_warps, row_blocks, key_step, ring_slots, _ = self._shape
+        row_warps, row_blocks, column_warps, key_step, ring_slots, _ = self._shape
         return {
             **super().constants,
             "paged": self.paged,
             "row_warps": row_warps,
             "row_blocks": row_blocks,
+            "column_warps": column_warps,
             "key_step": key_step,
             "ring_slots": ring_slots,
         }
 
     @property
     def threads(self) -> int:
-        return 32 * self._shape[0]
+        return 32 * self._shape[0] * self._shape[2]
 
     @property
     def query_tile(self) -> int:
@@ -192,11 +197,11 @@ class QueriesConfig(_GradientConfig):
 
     @property
     def blocks_per_multiprocessor(self) -> int:
-        return self._shape[4]
+        return self._shape[5]
 
     @functools.cached_property
     def shared_bytes(self) -> int:
-        return self._bytes(*self._shape[:4])
+        return self._bytes(*self._shape[:2], *self._shape[3:5])
 
     def _bytes(self, row_warps: int, row_blocks: int, key_step: int, ring_slots: int) -> int:
         """The block's rows, the ring of keys and values, and places of two steps' keys."""
@@ -204,22 +209,26 @@ class QueriesConfig(_GradientConfig):
         return -(-rows // 1024) * 1024 + self.paged * place_bytes(2, key_step)
 
     @functools.cached_property
-    def _shape(self) -> tuple[int, int, int, int, int]:
-        """(row warps, blocks of 16 rows a warp, keys a step, slots of the ring, blocks a multiprocessor)."""
+    def _shape(self) -> tuple[int, int, int, int, int, int]:
+        """(row warps, blocks of 16 rows a warp, column warps, keys a step, slots of the ring, blocks a multiprocessor)."""
         for shape in self._candidates():
-            if self._fits(self._bytes(*shape[:4]), shape[4]):
+            row_warps, row_blocks, _, key_step, ring_slots, blocks = shape
+            if self._fits(self._bytes(row_warps, row_blocks, key_step, ring_slots), blocks):
                 return shape
         raise AssertionError(f"{self}: no shape fits into memory")  # every head dim fits everywhere: tested
 
-    def _candidates(self) -> Iterator[tuple[int, int, int, int, int]]:
+    def _candidates(self) -> Iterator[tuple[int, int, int, int, int, int]]:
         """Best first."""
         if self.dtype == "float32":
-            if self._largest_dim <= 128:
-                yield from ((4, 1, 32, 2, 1), (4, 1, 16, 2, 1))
-            yield from ((warps, 1, 16, 2, 1) for warps in (4, 2, 1))
+            if self._largest_dim <= 64:
+                yield (4, 1, 1, 32, 2, 1)
+            columns = 1 if self._largest_dim <= 128 else 2
+            yield from ((warps, 1, columns, 16, 2, 1) for warps in (4, 2, 1))
         elif self._largest_dim <= 64:
-            yield from ((4, 2, 32, 2, 3), (4, 2, 32, 2, 1))
+            yield from ((4, 2, 1, 32, 2, 2), (4, 2, 1, 32, 2, 1))
         elif self._largest_dim <= 128:
-            yield from ((4, 2, 32, 2, 2), (4, 2, 32, 2, 1), (4, 1, 32, 2, 1))
+            if not self.paged:
+                yield from ((4, 2, 1, 32, 2, 2), (4, 2, 1, 32, 2, 1))
+            yield from ((4, 1, 1, 32, 2, 2), (4, 1, 1, 32, 2, 1))
         else:
-            yield from ((8, 1, 32, 2, 1), (4, 1, 32, 2, 1), (2, 1, 32, 2, 1), (2, 1, 16, 2, 1))
+            yield from ((8, 1, 1, 32, 2, 1), (4, 1, 1, 32, 2, 1), (2, 1, 1, 32, 2, 1), (2, 1, 1, 16, 2, 1))

@@ -7,6 +7,18 @@
 
 namespace cuattn {
 
+// Groups of a sum over `columns` columns.
+template <class Fragments>
+__device__ constexpr int groups_of(int columns) {
+    return (columns + Fragments::depth - 1) / Fragments::depth;
+}
+
+// Of `columns` columns those of each of `warps` warps, in whole right operands.
+template <int warps>
+__device__ constexpr int share_of(int columns) {
+    return (columns + 16 * warps - 1) / (16 * warps) * 16;
+}
+
 // result = left right^T over `groups` groups of columns ascending: rows 16 m and following of the tile at `left`, rows 8 b
 // and following of the one at `right`, both of type Rows.
 template <class Fragments, class Rows, int groups, int row_blocks, int blocks>
@@ -17,7 +29,7 @@ __device__ __forceinline__ void multiply_rows(float (&result)[row_blocks][blocks
 #pragma unroll
         for (int b = 0; b < blocks; ++b) result[m][b][0] = result[m][b][1] = result[m][b][2] = result[m][b][3] = 0.0f;
     }
-#pragma unroll(Fragments::unrolled)
+#pragma unroll(Fragments::depth / 8)  // more costs registers
     for (int k = 0; k < groups; ++k) {
         typename Fragments::Left rows[row_blocks];
 #pragma unroll

@@ -26,8 +26,9 @@ struct Tile {
                                                 const RowStart& row_start) {
         static_assert(rows * units % threads == 0);
         constexpr int copies = rows * units / threads;
-        constexpr int together =
-            copies == 1 || (element_bytes == 2 && copies <= 8) ? copies : 2;  // more costs registers
+        constexpr int together = element_bytes == 2 && copies <= 8 ? copies
+                                 : copies % 2                      ? 1
+                                                                   : 2;  // more costs registers
         static_assert(copies % together == 0);
         const auto row = [&](int i) {
             if constexpr (threads % units == 0) return thread / units + i * (threads / units);
