@@ -18,7 +18,7 @@ struct Fragments;
 template <bool bfloat16>
 struct Fragments<false, bfloat16> {
     using Element = u16;
-    static constexpr int depth = 16, unrolled = 16;
+    static constexpr int depth = 16, unrolled = 16, most_groups = 16;
     struct Left {
         u32 x[4];
     };
@@ -75,7 +75,8 @@ struct Fragments<false, bfloat16> {
 template <>
 struct Fragments<true, false> {
     using Element = float;
-    static constexpr int depth = 8, unrolled = 1;  // groups at a time, where a loop may choose: more costs registers
+    // unrolled: groups at a time, where a loop may choose. most_groups: where it may not; more are taken in two halves.
+    static constexpr int depth = 8, unrolled = 1, most_groups = 4;
     struct Left {
         u32 high[4], low[4];
     };

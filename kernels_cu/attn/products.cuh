@@ -45,22 +45,47 @@ struct Products {
     }
 
     // Weights from block first_block on; groups of keys ascending. The output's columns start at first_column of the
-    // values' rows.
+    // values' rows. Of many groups in one piece ptxas holds the products of most at a time, and spills: they are taken in two
+    // halves by a loop.
     template <int blocks>
     __device__ __forceinline__ static void multiply_values(Out& out, const float (&weight)[blocks][4], u32 value_rows,
                                                            int lane, int first_block = 0, int first_column = 0) {
-        constexpr int depth = Fragments::depth, bytes = sizeof(typename Fragments::Element);
+        constexpr int bytes = sizeof(typename Fragments::Element), half = keys / 16;
         constexpr bool whole_lines = columns * bytes % 128 == 0;  // then first_column has no part in the XOR of units
         if (whole_lines) value_rows += first_column * bytes;
+        const int column = whole_lines ? 0 : first_column;
+        if constexpr (keys / Fragments::depth <= Fragments::most_groups) {
+            add_values<keys>(out, weight, first_block, value_rows, column, lane);
+        } else {
+#pragma unroll 1
+            for (int second = 0; second < 2; ++second) {
+                float part[half][4];
 #pragma unroll
-        for (int k = 0; k < keys / depth; ++k) {
-            if (k % Fragments::unrolled == 0 && Fragments::unrolled < 16) __syncwarp();
-            const typename Fragments::Left left = Fragments::from_result(weight, first_block * 8 / depth + k);
+                for (int b = 0; b < half; ++b) {
+#pragma unroll
+                    for (int c = 0; c < 4; ++c) {
+                        part[b][c] = second ? weight[first_block + half + b][c] : weight[first_block + b][c];
+                    }
+                }
+                add_values<keys / 2>(out, part, 0, value_rows + second * (keys / 2 * Rows::row_bytes), column, lane);
+            }
+        }
+    }
+
+  private:
+    // The groups of `some_keys` keys.
+    template <int some_keys, int blocks>
+    __device__ __forceinline__ static void add_values(Out& out, const float (&weight)[blocks][4], int first_block,
+                                                      u32 value_rows, int column, int lane) {
+#pragma unroll
+        for (int k = 0; k < some_keys / Fragments::depth; ++k) {
+            const typename Fragments::Left left =
+                Fragments::from_result(weight, first_block * 8 / Fragments::depth + k);
 #pragma unroll
             for (int b = 0; b < columns / 8; b += 2) {
                 Fragments::multiply_add(
                     out[b], out[b + 1], left,
-                    Fragments::template load_right_columns<Rows>(value_rows, k, (whole_lines ? 0 : first_column) + 8 * b, lane));
+                    Fragments::template load_right_columns<Rows>(value_rows, k, column + 8 * b, lane));
             }
         }
     }
