@@ -2,18 +2,22 @@
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 Bits = npt.NDArray[np.uint32]
-#: a (n, 16, 16) and b (n, 8, 16) in a 16-bit type, c (n, 16, 8) in fp32, all as bits.
-Operands = tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint16], Bits]
+#: a (n, 16, 16) and b (n, 8, 16) in a 16-bit type, or (n, 16, 8) and (n, 8, 8) in TF32, the upper 19 of 32 bits; c
+#: (n, 16, 8) in fp32; all as bits.
+Operands = tuple[npt.NDArray[np.unsignedinteger[Any]], npt.NDArray[np.unsignedinteger[Any]], Bits]
 
 
 def values(bits: npt.NDArray[np.generic], dtype: str) -> npt.NDArray[np.float64]:
     if dtype == "bfloat16":
         return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    if dtype == "tf32":
+        return (bits.astype(np.uint32) & 0xFFFFE000).view(np.float32).astype(np.float64)
     return bits.view(dtype).astype(np.float64)
 
 
@@ -48,12 +52,14 @@ def exact_step(a: list[float], b: list[float], c: float, fraction_bits: int, sma
 
 
 def exact_products(dtype: str, operands: Operands, terms: int, fraction_bits: int) -> Bits:
-    """Rational arithmetic, element by element, for finite operands."""
-    smallest = {"bfloat16": -126, "float16": -14}[dtype]
+    """Rational arithmetic, element by element, for finite operands; ``terms`` of a step, of TF32 half as many."""
+    smallest = -14 if dtype == "float16" else -126
+    columns = operands[0].shape[-1]
+    terms = terms * columns // 16
     a, b = (values(x, dtype).tolist() for x in operands[:2])
     d = operands[2].view(np.float32).astype(np.float64).copy()
     for i, m, n in np.ndindex(*d.shape):
-        for k in range(0, 16, terms):
+        for k in range(0, columns, terms):
             step = slice(k, k + terms)
             d[i, m, n] = exact_step(a[i][m][step], b[i][n][step], d[i, m, n], fraction_bits, smallest)
     return d.astype(np.float32).view(np.uint32)

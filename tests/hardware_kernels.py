@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from exact_products import Bits
 
 from cuattn import emulator, env
 from cuattn.config import KernelConfig
@@ -24,7 +25,7 @@ SOURCE = Path(__file__).parent / "kernels" / "hardware.cuh"
 Array = npt.NDArray[np.generic]
 #: (kernel's name, blocks, inputs, outputs), both by the name of their field in the parameters; fills the outputs.
 Launcher = Callable[[str, int, dict[str, Array], dict[str, Array]], None]
-KERNELS = ("product_bfloat16", "product_float16", "functions")
+KERNELS = ("product_bfloat16", "product_float16", "product_tf32", "functions")
 
 
 class HardwareParams(ctypes.Structure):
@@ -106,14 +107,8 @@ def on_device(arch: str) -> Launcher:
     return launch
 
 
-def products(
-    launch: Launcher,
-    dtype: str,
-    a: npt.NDArray[np.uint16],
-    b: npt.NDArray[np.uint16],
-    c: npt.NDArray[np.uint32],
-) -> npt.NDArray[np.uint32]:
-    """Bits of ``c + a b^T``: a (n, 16, 16), b (n, 8, 16), of a 16-bit dtype; c and the result (n, 16, 8), fp32."""
+def products(launch: Launcher, dtype: str, a: Array, b: Array, c: Bits) -> Bits:
+    """Bits of ``c + a b^T``: c and the result (n, 16, 8), fp32; a, b as in exact_products.Operands."""
     inputs = {"a": a, "b": b, "c": c.view(np.float32)}
     out = np.empty(c.shape, np.float32)
     launch(f"product_{dtype}", len(a), {n: np.ascontiguousarray(x) for n, x in inputs.items()}, {"out": out})

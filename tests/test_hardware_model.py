@@ -14,9 +14,13 @@ from hardware_kernels import cubin, emulated, functions, on_device, products
 from cuattn.launch import device_architecture
 
 DTYPES = ("bfloat16", "float16")
-#: Terms of a step and fraction bits, as published for Ampere and measured on Hopper.
+OPERANDS = (*DTYPES, "tf32")
+INFINITY = {"bfloat16": 0x7F80, "float16": 0x7C00, "tf32": 0x7F800000}
+#: Terms of a step of 16-bit operands and fraction bits, as published for Ampere and measured on Hopper.
 STEPS = {"sm_80": (8, 24), "sm_86": (8, 24), "sm_89": (8, 24), "sm_90a": (16, 25), "sm_100a": (16, 25)}
 
+#: Makes operands of a type, so many products, from a seed.
+Make = Callable[[str, int, int], Operands]
 
 #: Captures of products on an H200: (file, prefix of its arrays, cases in it). tests/data/README.md describes them.
 CAPTURES = {
@@ -27,6 +31,7 @@ CAPTURES = {
     "subnormal": ("h200_edge_products", "low_", 63),
     "overflowing": ("h200_edge_products", "high_", 63),
 }
+CAPTURED = [*((dtype, capture) for dtype in DTYPES for capture in CAPTURES), ("tf32", "usual")]
 
 
 @functools.cache
@@ -37,10 +42,17 @@ def data(file: str) -> dict[str, npt.NDArray[np.generic]]:
 
 def captured_products(capture: str, dtype: str) -> tuple[Operands, Bits]:
     file, prefix, count = CAPTURES[capture]
-    kind = {"bfloat16": "bf16", "float16": "fp16"}[dtype]
+    kind = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, dtype)
     a, b, c, d = (data(file)[f"{prefix}{kind}_{name}_bits"] for name in "abcd")
     assert d.shape == (count, 16, 8)
+    if dtype == "tf32":  # what was multiplied there are these fp32 numbers rounded to nearest
+        a, b = (x + np.uint32(1 << 12) for x in (a, b))
     return (a, b, c), d
+
+
+def shapes(dtype: str, count: int) -> tuple[tuple[int, ...], ...]:
+    columns = 8 if dtype == "tf32" else 16
+    return (count, 16, columns), (count, 8, columns), (count, 16, 8)
 
 
 def normal_operands(dtype: str, count: int, seed: int) -> Operands:
@@ -48,8 +60,10 @@ def normal_operands(dtype: str, count: int, seed: int) -> Operands:
     rng = np.random.default_rng(seed)
     a, b, c = (
         (rng.standard_normal(shape) * np.exp2(rng.integers(-6, 7, shape))).astype(np.float32)
-        for shape in ((count, 16, 16), (count, 8, 16), (count, 16, 8))
+        for shape in shapes(dtype, count)
     )
+    if dtype == "tf32":
+        return a.view(np.uint32), b.view(np.uint32), c.view(np.uint32)
     narrow = [torch.from_numpy(x).to(getattr(torch, dtype)).view(torch.int16).numpy().view(np.uint16) for x in (a, b)]
     return narrow[0], narrow[1], c.view(np.uint32)
 
@@ -57,12 +71,27 @@ def normal_operands(dtype: str, count: int, seed: int) -> Operands:
 def finite_operands(dtype: str, count: int, seed: int) -> Operands:
     """Random bits of finite numbers: every magnitude, so that sums overflow and results are subnormal; also zeros."""
     rng = np.random.default_rng(seed)
-    exponents = (0x7F80 if dtype == "bfloat16" else 0x7C00, 0x7F800000)
-    a, b = (rng.integers(0, 1 << 16, shape, np.uint16) for shape in ((count, 16, 16), (count, 8, 16)))
-    c = rng.integers(0, 1 << 32, (count, 16, 8), np.uint32)
-    for x, exponent in ((a, exponents[0]), (b, exponents[0]), (c, exponents[1])):
+    word = np.uint32 if dtype == "tf32" else np.uint16
+    a, b, c = (
+        rng.integers(0, np.iinfo(kind).max, shape, kind, endpoint=True)
+        for shape, kind in zip(shapes(dtype, count), (word, word, np.uint32), strict=True)
+    )
+    for x, exponent in ((a, INFINITY[dtype]), (b, INFINITY[dtype]), (c, INFINITY["tf32"])):
         x[(x & exponent) == exponent] ^= x.dtype.type(exponent & -exponent)
         x[rng.random(x.shape) < 0.05] &= x.dtype.type(1 << (8 * x.itemsize - 1))
+    return a, b, c
+
+
+def uneven_operands(dtype: str, count: int, seed: int) -> Operands:
+    """Subnormal and the smallest normal numbers times huge ones, all products within a few powers of two."""
+    a, b, c = finite_operands(dtype, count, seed)
+    exponent = INFINITY[dtype]
+    unit = exponent & -exponent
+    a &= a.dtype.type(~(exponent & ~(3 * unit)) & np.iinfo(a.dtype).max)
+    b |= b.dtype.type(exponent & ~(3 * unit))
+    b[(b & exponent) == exponent] ^= b.dtype.type(unit)
+    c &= np.uint32(0x81FFFFFF)
+    c |= np.uint32(0x3E000000)
     return a, b, c
 
 
@@ -70,45 +99,55 @@ def special_operands(dtype: str, count: int, seed: int) -> Operands:
     """Normal numbers with infinities and NaN among them."""
     a, b, c = normal_operands(dtype, count, seed)
     rng = np.random.default_rng(seed)
-    infinity = 0x7F80 if dtype == "bfloat16" else 0x7C00
-    for x, bits in ((a, infinity), (b, infinity), (c, 0x7F800000)):
+    nan = 1 << 13 if dtype == "tf32" else 1  # the last bit that counts
+    for x, bits in ((a, INFINITY[dtype]), (b, INFINITY[dtype]), (c, INFINITY["tf32"])):
         x[rng.random(x.shape) < 0.01] = bits
         x[rng.random(x.shape) < 0.01] = bits | 1 << (8 * x.itemsize - 1)
-        x[rng.random(x.shape) < 0.002] = bits + 1
+        x[rng.random(x.shape) < 0.002] = bits + nan
         x[rng.random(x.shape) < 0.002] = 0
     return a, b, c
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "capture"), CAPTURED)
+def test_every_captured_product_is_equal(dtype: str, capture: str) -> None:
+    operands, expected = captured_products(capture, dtype)
+    np.testing.assert_array_equal(products(emulated("sm_90a"), dtype, *operands), expected)
+    if capture == "usual":  # control: another GPU's steps do not give them
+        assert (products(emulated("sm_80"), dtype, *operands) != expected).any()
+
+
+@pytest.mark.parametrize("arch", STEPS)
+@pytest.mark.parametrize(("dtype", "capture"), [x for x in CAPTURED if x[1] in ("usual", "subnormal", "zeros")])
+def test_captured_products_are_those_of_an_exact_model(dtype: str, arch: str, capture: str) -> None:
+    (a, b, c), captured = captured_products(capture, dtype)
+    few = slice(None, None, len(a) // 6)
+    expected = exact_products(dtype, (a[few], b[few], c[few]), *STEPS[arch])
+    np.testing.assert_array_equal(products(emulated(arch), dtype, a[few], b[few], c[few]), expected)
+    if STEPS[arch] == STEPS["sm_90a"]:
+        np.testing.assert_array_equal(captured[few], expected)
+
+
+@pytest.mark.parametrize("dtype", OPERANDS)
 class TestProducts:
-    @pytest.mark.parametrize("capture", CAPTURES)
-    def test_every_captured_product_is_equal(self, dtype: str, capture: str) -> None:
-        operands, expected = captured_products(capture, dtype)
-        np.testing.assert_array_equal(products(emulated("sm_90a"), dtype, *operands), expected)
-        if capture == "usual":  # control: another GPU's order of additions does not give them
-            assert (products(emulated("sm_80"), dtype, *operands) != expected).any()
+    @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+    @pytest.mark.parametrize("make", [finite_operands, uneven_operands])
+    def test_products_are_those_of_an_exact_model(self, dtype: str, arch: str, make: Make) -> None:
+        operands = make(dtype, 6, 2)
+        expected = exact_products(dtype, operands, *STEPS[arch])
+        np.testing.assert_array_equal(products(emulated(arch), dtype, *operands), expected)
 
-    @pytest.mark.parametrize("arch", STEPS)
-    @pytest.mark.parametrize("capture", ["usual", "subnormal", "zeros"])
-    def test_products_are_those_of_an_exact_model(self, dtype: str, arch: str, capture: str) -> None:
-        (a, b, c), captured = captured_products(capture, dtype)
-        few = slice(None, None, len(a) // 6)
-        expected = exact_products(dtype, (a[few], b[few], c[few]), *STEPS[arch])
-        np.testing.assert_array_equal(products(emulated(arch), dtype, a[few], b[few], c[few]), expected)
-        if STEPS[arch] == STEPS["sm_90a"]:
-            np.testing.assert_array_equal(captured[few], expected)
-
-    @pytest.mark.parametrize(("arch", "terms"), [("sm_80", 8), ("sm_90a", 16)])
-    def test_the_order_inside_a_step_does_not_matter(self, dtype: str, arch: str, terms: int) -> None:
+    @pytest.mark.parametrize(("arch", "share"), [("sm_80", 2), ("sm_90a", 1)])
+    def test_the_order_inside_a_step_does_not_matter(self, dtype: str, arch: str, share: int) -> None:
         a, b, c = normal_operands(dtype, 50, seed=3)
         rng = np.random.default_rng(3)
-        inside = np.concatenate([rng.permutation(terms) + first for first in range(0, 16, terms)])
+        columns = np.arange(a.shape[-1])
+        inside = np.concatenate([rng.permutation(step) for step in np.split(columns, share)])
         launch = emulated(arch)
         expected = products(launch, dtype, a, b, c)
         np.testing.assert_array_equal(products(launch, dtype, a[..., inside], b[..., inside], c), expected)
-        across = np.arange(16).reshape(2, 8).T.reshape(-1)
+        across = columns.reshape(2, -1).T.reshape(-1)
         # control: terms that change their step change bits
-        assert (products(launch, dtype, a[..., across], b[..., across], c) != expected).any() == (terms == 8)
+        assert (products(launch, dtype, a[..., across], b[..., across], c) != expected).any() == (share == 2)
 
     @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
     def test_a_row_of_zeros_leaves_the_accumulator_alone(self, dtype: str, arch: str) -> None:
@@ -130,9 +169,20 @@ class TestProducts:
         assert set(got.view(np.uint32)[np.isnan(expected)].tolist()) == {0x7FFFFFFF}
 
 
-def test_ampere_and_hopper_differ() -> None:
-    operands = normal_operands("bfloat16", 50, seed=6)
-    ampere, hopper = (products(emulated(arch), "bfloat16", *operands) for arch in ("sm_80", "sm_90a"))
+def test_the_low_bits_of_tf32_do_not_matter() -> None:
+    a, b, c = normal_operands("tf32", 50, seed=9)
+    ignored = np.random.default_rng(9).integers(0, 1 << 13, a.shape, np.uint32)
+    launch = emulated("sm_90a")
+    expected = products(launch, "tf32", a, b, c)
+    np.testing.assert_array_equal(products(launch, "tf32", a ^ ignored, b ^ ignored[:, :8], c), expected)
+    # control: the lowest bit that counts
+    assert (products(launch, "tf32", a ^ np.uint32(1 << 13), b, c) != expected).any()
+
+
+@pytest.mark.parametrize("dtype", OPERANDS)
+def test_ampere_and_hopper_differ(dtype: str) -> None:
+    operands = normal_operands(dtype, 50, seed=6)
+    ampere, hopper = (products(emulated(arch), dtype, *operands) for arch in ("sm_80", "sm_90a"))
     share = (ampere != hopper).mean()
     assert 0.01 < share < 0.99
     assert np.allclose(ampere.view(np.float32), hopper.view(np.float32), rtol=1e-5, atol=1e-2)
@@ -219,8 +269,7 @@ def test_the_device_kernels_compile_without_a_device() -> None:
 class TestDevice:
     """The same source, run on a GPU and emulated as that GPU."""
 
-    @pytest.mark.parametrize("capture", CAPTURES)
-    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(("dtype", "capture"), CAPTURED)
     def test_captured_products(self, dtype: str, capture: str) -> None:
         arch = device_architecture(0)
         operands, captured = captured_products(capture, dtype)
@@ -229,9 +278,9 @@ class TestDevice:
         if arch == "sm_90a":
             np.testing.assert_array_equal(got, captured)
 
-    @pytest.mark.parametrize("make", [normal_operands, finite_operands, special_operands])
-    @pytest.mark.parametrize("dtype", DTYPES)
-    def test_products(self, dtype: str, make: Callable[[str, int, int], Operands]) -> None:
+    @pytest.mark.parametrize("make", [normal_operands, finite_operands, uneven_operands, special_operands])
+    @pytest.mark.parametrize("dtype", OPERANDS)
+    def test_products(self, dtype: str, make: Make) -> None:
         arch = device_architecture(0)
         operands = make(dtype, 500, 10)
         np.testing.assert_array_equal(

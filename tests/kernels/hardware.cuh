@@ -12,8 +12,8 @@
 namespace cuattn {
 
 struct HardwareParams {
-    const void* a;  // products: (blocks, 16, 16), 16-bit; functions: (blocks, 32, 4), fp32
-    const void* b;  // products: (blocks, 8, 16), 16-bit
+    const void* a;  // products: (blocks, 16, 16), 16-bit, or (blocks, 16, 8), TF32; functions: (blocks, 32, 4), fp32
+    const void* b;  // products: (blocks, 8, 16), 16-bit, or (blocks, 8, 8), TF32
     const void* c;  // products: (blocks, 16, 8), fp32
     float* out;     // products: as c; functions: (blocks, 32, 4, 2), of each x: 2^x and ln(x)
     u16* packed;    // functions: (blocks, 32, 2, 4), of each four x: bf16, then fp16
@@ -28,7 +28,8 @@ __device__ __forceinline__ void copy_units(u32 to, const void* from, int units) 
     }
 }
 
-template <bool bfloat16>
+// A row of an operand has 32 bytes in every type, and so lanes hold the same units of them.
+template <void (*multiply_add)(float (&)[4], const u32 (&)[4], u32, u32)>
 __device__ __forceinline__ void product(const HardwareParams& params) {
     const int lane = threadIdx.x;
     const u32 a = ptx::shared_address(ptx::dynamic_shared()), b = a + 512, c = b + 256;
@@ -48,7 +49,7 @@ __device__ __forceinline__ void product(const HardwareParams& params) {
         d[2 * half] = (lane & 1) ? four.z : four.x;
         d[2 * half + 1] = (lane & 1) ? four.w : four.y;
     }
-    ptx::mma_m16n8k16<bfloat16>(d, fragment_a, fragment_b[0], fragment_b[1]);
+    multiply_add(d, fragment_a, fragment_b[0], fragment_b[1]);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const int row = lane / 4 + i / 2 * 8, column = 2 * (lane & 3) + (i & 1);
@@ -56,8 +57,15 @@ __device__ __forceinline__ void product(const HardwareParams& params) {
     }
 }
 
-extern "C" __global__ void product_bfloat16(const __grid_constant__ HardwareParams params) { product<true>(params); }
-extern "C" __global__ void product_float16(const __grid_constant__ HardwareParams params) { product<false>(params); }
+extern "C" __global__ void product_bfloat16(const __grid_constant__ HardwareParams params) {
+    product<ptx::mma_m16n8k16<true>>(params);
+}
+extern "C" __global__ void product_float16(const __grid_constant__ HardwareParams params) {
+    product<ptx::mma_m16n8k16<false>>(params);
+}
+extern "C" __global__ void product_tf32(const __grid_constant__ HardwareParams params) {
+    product<ptx::mma_m16n8k8_tf32>(params);
+}
 
 extern "C" __global__ void functions(const __grid_constant__ HardwareParams params) {
     const u32 shared = ptx::shared_address(ptx::dynamic_shared());
