@@ -12,17 +12,23 @@ import numpy as np
 
 import cuattn
 from cuattn.testing import Library
-from cuattn.testing.arrays import int32_array, round_to_bits
+from cuattn.testing.arrays import Bits, int32_array, round_to_bits
+from cuattn.testing.subject import Placement, contiguous, padded
 
 Call = Callable[[Library], Sequence[Any]]
 #: Keys of three sequences: none, some of one chunk, and four chunks.
 LENGTHS = (0, 203, 1900)
 
 
+def normal_bits(shape: tuple[int, ...], dtype: str, seed: int) -> Bits:
+    """Normal random numbers."""
+    random = np.random.Generator(np.random.Philox(key=seed))
+    return round_to_bits(random.standard_normal(shape, np.float32), dtype)
+
+
 def normal(library: Library, shape: tuple[int, ...], dtype: str, seed: int) -> Any:
     """Normal random numbers, the same in every library."""
-    random = np.random.Generator(np.random.Philox(key=seed))
-    return library.array(round_to_bits(random.standard_normal(shape, np.float32), dtype), dtype)
+    return library.array(normal_bits(shape, dtype, seed), dtype)
 
 
 def dense(
@@ -46,20 +52,64 @@ def dense(
     return result
 
 
-def masked(library: Library, rows: int) -> Sequence[Any]:
+def padding(library: Library, keys: int) -> Any:
     """Left padding, and holes."""
-    exists = np.ones((2, 700), np.uint8)
-    exists[0, :100] = exists[1, 3::7] = 0
-    return dense(library, (rows, 700), key_padding_mask=library.array(exists, "bool"))
+    exists = np.ones((2, keys), np.uint8)
+    exists[0, : keys // 7] = exists[1, 3::7] = 0
+    return library.array(exists, "bool")
+
+
+def masked(library: Library, rows: int) -> Sequence[Any]:
+    return dense(library, (rows, 700), key_padding_mask=padding(library, 700))
+
+
+def packed(library: Library, queries: Sequence[int], keys: Sequence[int]) -> tuple[list[Any], list[Any]]:
+    """[q, k, v] of packed sequences, and their cumulative lengths."""
+    starts = [int32_array(library, list(accumulate(lengths, initial=0))) for lengths in (queries, keys)]
+    shapes = (sum(queries), 4, 64), (sum(keys), 2, 64), (sum(keys), 2, 64)
+    return [normal(library, shape, "float16", seed) for seed, shape in enumerate(shapes)], starts
 
 
 def varlen(library: Library) -> Sequence[Any]:
-    queries, keys = (1, 0, 130, 40), (530, 3, 200, 40)
-    cu_q, cu_k = (int32_array(library, list(accumulate(lengths, initial=0))) for lengths in (queries, keys))
-    shapes = (sum(queries), 4, 64), (sum(keys), 2, 64), (sum(keys), 2, 64)
-    q, k, v = (normal(library, shape, "float16", seed) for seed, shape in enumerate(shapes))
-    result: Sequence[Any] = cuattn.attention_varlen(q, k, v, cu_q, cu_k, "causal", return_lse=True)
+    arrays, starts = packed(library, (1, 0, 130, 40), (530, 3, 200, 40))
+    result: Sequence[Any] = cuattn.attention_varlen(*arrays, *starts, "causal", return_lse=True)
     return result
+
+
+def backward(
+    library: Library,
+    lengths: tuple[int, int],
+    mask: str = "causal",
+    dtype: str = "bfloat16",
+    head_dim: int = 64,
+    value_dim: int | None = None,
+    heads: tuple[int, int] = (4, 2),
+    holes: bool = False,
+    place: Placement = contiguous,
+) -> Sequence[Any]:
+    """The gradients of what `dense` computes; some rows contribute nothing, and the query of one of them is NaN."""
+    value_dim = value_dim or head_dim
+    rows = heads[0], lengths[0]
+    shapes = (
+        *((*rows, head_dim), (heads[1], lengths[1], head_dim), (heads[1], lengths[1], value_dim)),
+        (*rows, value_dim),
+    )
+    bits = [normal_bits((2, *shape), dtype, seed) for seed, shape in enumerate(shapes)]
+    dlse = normal_bits((2, *rows), "float32", len(bits))
+    bits[3][:, :, 1::9] = dlse[:, :, 1::9] = 0
+    bits[0][0, 0, 1] = np.iinfo(bits[0].dtype).max
+    q, k, v, dout = (place(library, x, dtype) for x in bits)
+    options = {"key_padding_mask": padding(library, lengths[1])} if holes else {}
+    out, lse = cuattn.attention(q, k, v, mask, return_lse=True, **options)
+    return cuattn.attention_backward(dout, q, k, v, out, lse, mask, dlse=library.array(dlse, "float32"), **options)
+
+
+def varlen_backward(library: Library) -> Sequence[Any]:
+    queries, keys = (1, 0, 70, 20), (133, 3, 100, 20)
+    arrays, starts = packed(library, queries, keys)
+    out, lse = cuattn.attention_varlen(*arrays, *starts, "causal", return_lse=True)
+    dout = normal(library, (sum(queries), 4, 64), "float16", 3)
+    return cuattn.attention_varlen_backward(dout, *arrays, out, lse, *starts, "causal")
 
 
 def cached(
@@ -122,4 +172,13 @@ CALLS: dict[str, Call] = {
     "pages, rows few and many": partial(cached, rows=(2, 40, 1), page_size=48, append=True),
     "append": append,
     "parts": parts,
+    "backward": partial(backward, lengths=(70, 133)),
+    "backward, full": partial(backward, lengths=(70, 133), mask="full", dtype="float16", heads=(2, 2)),
+    "backward, strides": partial(backward, lengths=(37, 70), place=padded),
+    "backward, holes": partial(backward, lengths=(70, 203), holes=True),
+    "backward, 128 columns": partial(backward, lengths=(70, 133), head_dim=128),
+    "backward, 192 and 128 columns": partial(backward, lengths=(37, 70), mask="full", head_dim=192, value_dim=128),
+    "backward, 256 columns": partial(backward, lengths=(37, 70), dtype="float16", head_dim=256, heads=(2, 1)),
+    "backward, fp32": partial(backward, lengths=(37, 70), dtype="float32", heads=(2, 1)),
+    "backward, varlen": varlen_backward,
 }

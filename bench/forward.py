@@ -22,7 +22,7 @@ refused.
 import argparse
 import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -185,22 +185,25 @@ def line_of(row: dict[str, Any]) -> str:
     spread = f"({row['ms_min']} to {row['ms_max']} ms)"
     if "tflops" not in row:
         return f"{1e3 * float(row['ms']):.1f} us {spread}"
-    others = (*peers.SDPA, "prefill")
+    others = (*peers.SDPA, peers.DETERMINISTIC, "prefill")
     ratios = " ".join(f"{float(row['ratio_to_' + p]):.2f} x {p}" for p in others if f"ratio_to_{p}" in row)
     return f"{row['tflops']:>6} TFLOP/s {row['percent_of_roof']:>5} % of roof {ratios} {spread}"
 
 
-def print_summary(rows: Sequence[dict[str, Any]]) -> None:
-    """TFLOP/s of cuattn and its peers: a line for each dtype, head dim and mask, a column for each length."""
+def print_summary(
+    rows: Sequence[dict[str, Any]], figure: str = "forward", providers: Mapping[str, Sequence[str]] = peers.FASTEST
+) -> None:
+    """TFLOP/s of cuattn and its peers, by dtype: a line for each dtype, head dim and mask, a column for each length."""
     rates: dict[tuple[Any, ...], dict[int, dict[str, str]]] = {}
     for row in rows:
-        if row["figure"] == "forward" and row["pass"] == "first":
+        if row["figure"] == figure and row["pass"] == "first":
             dims = row["head_dim"], row["value_dim"]
             lengths = rates.setdefault((row["dtype"], *dims, row["mask"]), {})
             lengths.setdefault(row["length"], {})[row["provider"]] = f"{float(row['tflops']):.0f}"
-    print("\nTFLOP/s by length: cuattn / flash / cuDNN, in fp32 cuattn / efficient / math")
+    for dtype in dict.fromkeys(key[0] for key in rates):
+        print(f"\n{figure}, {dtype}, TFLOP/s by length: " + " / ".join(("cuattn", *providers[dtype])))
     for (dtype, head_dim, value_dim, mask), lengths in rates.items():
-        names = ("cuattn", *peers.FASTEST[dtype])
+        names = ("cuattn", *providers[dtype])
         cells = [f"{n}: " + " / ".join(r.get(name, "-") for name in names) for n, r in lengths.items()]
         print(f"{dtype} d{head_dim:<3} v{value_dim:<3} {mask:6} " + "   ".join(cells))
 

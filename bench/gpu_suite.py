@@ -5,9 +5,10 @@
     python3 bench/gpu_suite.py FOLDER STEP...       the named steps
 
 runs with this interpreter, which needs CuPy, torch for CUDA, ml_dtypes, a C++ compiler, and pytest with its plugins
-xdist and timeout. FOLDER gets log.txt (all output), summary.txt, decode.csv, forward.csv, padded.csv, accuracy.csv,
-jit_time.csv and check.json. The variable COMMIT says which commit to note in the CSV files. A
-planted_* step passes if compute-sanitizer finds the bug that was planted. Exit status 0 if all steps passed.
+xdist and timeout. FOLDER gets log.txt (all output), summary.txt, decode.csv, forward.csv, backward.csv,
+backward_memory.csv, padded.csv, accuracy.csv, jit_time.csv and check.json. The variable COMMIT says which commit to
+note in the CSV files. A planted_* step passes if compute-sanitizer finds the bug that was planted. Exit status 0 if all
+steps passed.
 """
 
 import argparse
@@ -68,8 +69,8 @@ def sanitize(tool: str, *arguments: str) -> tuple[str, ...]:
 def all_steps(folder: Path) -> list[Step]:
     """In the order of their worth: what comes last may find no time left. The limits are far above what they take."""
 
-    def bench(name: str, *arguments: str) -> tuple[str, ...]:
-        return python(f"bench/{name}.py", *arguments, "--csv", str(folder / f"{name}.csv"))
+    def bench(name: str, *arguments: str, to: str | None = None) -> tuple[str, ...]:
+        return python(f"bench/{name}.py", *arguments, "--csv", str(folder / f"{to or name}.csv"))
 
     def planted(tool: str, bug: str, *what: str) -> Step:
         return Step(f"planted_{bug}", 30, sanitize(tool, "--plant", bug, *what), FOUND)
@@ -86,7 +87,7 @@ def all_steps(folder: Path) -> list[Step]:
     workers = str(max(1, (os.cpu_count() or 1) - 2))
     return [
         Step("versions", 30, python("-c", VERSIONS), shown=0),
-        Step("smoke_bits", 60, python("bench/smoke.py"), shown=20, group="smoke"),
+        Step("smoke_bits", 90, python("bench/smoke.py"), shown=29, group="smoke"),
         Step("smoke_decode", 40, bench("decode", *few, "--seconds", "15"), shown=24, group="smoke"),
         Step("info", 30, python("-m", "cuattn", "info"), shown=20),
         Step("precompile", 60, python("-m", "cuattn", "precompile", *dims), shown=1),
@@ -94,15 +95,20 @@ def all_steps(folder: Path) -> list[Step]:
         Step("decode", 90, bench("decode", "--seconds", "70"), shown=24),
         Step("padded", 45, bench("padded", "--seconds", "35"), shown=20),
         Step("forward", 100, bench("forward", "--seconds", "75"), shown=24),
-        Step("memcheck", 75, sanitize("memcheck")),
+        Step("backward", 90, bench("backward", "--seconds", "65"), shown=20),
+        Step("backward_memory", 30, bench("backward", "--memory", to="backward_memory"), shown=12),
+        Step("memcheck", 90, sanitize("memcheck")),
         planted("memcheck", "write", *many_rows(64)),
         planted("memcheck", "read", *many_rows(64)),
         planted("memcheck", "append", *call("append beyond")),
-        Step("racecheck", 90, sanitize("racecheck")),
+        planted("memcheck", "gradient", *call("backward")),
+        Step("racecheck", 110, sanitize("racecheck")),
         planted("racecheck", "overlap", *many_rows(64)),
         planted("racecheck", "barrier", *many_rows(128)),
         planted("racecheck", "columns", *call("few rows")),
         planted("racecheck", "scan", *call("mask")),
+        planted("racecheck", "rows", *call("backward")),
+        planted("racecheck", "keys", *call("backward")),
         Step("check", 170, check, shown=5),
         Step("accuracy", 60, bench("accuracy")),
         Step("jit_time", 60, bench("jit_time", "--repeats", "3"), shown=8),

@@ -1,10 +1,11 @@
 """torch on the device: the peers that cuattn is measured beside, and the answers that it is judged by."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
-from cuattn.testing.accuracy import ERROR_RATIO
+from cuattn.testing.accuracy import ERROR_RATIO, FP32_ERROR_RATIO
 
 #: Name -> member of torch.nn.attention.SDPBackend.
 SDPA = {
@@ -13,11 +14,19 @@ SDPA = {
     "efficient": "EFFICIENT_ATTENTION",
     "math": "MATH",
 }
+#: torch's flash backend with `torch.use_deterministic_algorithms`: its gradients are the same in each run.
+DETERMINISTIC = "flash_deterministic"
 #: The fastest ones that serve a dtype.
 FASTEST = {
     "float16": ("flash", "cudnn"),
     "bfloat16": ("flash", "cudnn"),
     "float32": ("efficient", "math"),
+}
+#: Those whose gradients are measured; the math backend holds all scores.
+GRADIENTS = {
+    "float16": ("flash", DETERMINISTIC, "cudnn"),
+    "bfloat16": ("flash", DETERMINISTIC, "cudnn"),
+    "float32": ("efficient",),
 }
 #: One unit in the last place of numbers from 1 to 2.
 _UNIT = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23}
@@ -36,8 +45,26 @@ def only(name: str) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def deterministic_flash() -> Iterator[None]:
+    """`only` flash, with deterministic gradients, and without the NaN that torch then writes to all new memory."""
+    import torch
+
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        with only("flash"):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
 def backend_of(provider: str) -> contextlib.AbstractContextManager[None]:
     """`only` for a peer's name, nothing for another provider's."""
+    if provider == DETERMINISTIC:
+        return deterministic_flash()
     return only(provider) if provider in SDPA else contextlib.nullcontext()
 
 
@@ -71,23 +98,28 @@ def available(
 
 def attempt(q: Any, k: Any, v: Any, mask: str, names: Iterable[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """(outputs of the peers that can compute this problem, for each other one the reason)."""
-    results = {name: _attempt(q, k, v, mask, name) for name in names}
+    return attempt_all({name: partial(sdpa, q, k, v, mask) for name in names})
+
+
+def attempt_all(calls: Mapping[str, Callable[[], Any]]) -> tuple[dict[str, Any], dict[str, str]]:
+    """(results of those peers whose call succeeds, for each other one the reason)."""
+    results = {name: _attempt(name, call) for name, call in calls.items()}
     reasons = {name: first_line(error) for name, error in results.items() if isinstance(error, Exception)}
-    return {name: out for name, out in results.items() if name not in reasons}, reasons
+    return {name: result for name, result in results.items() if name not in reasons}, reasons
 
 
-def _attempt(q: Any, k: Any, v: Any, mask: str, name: str) -> Any:
-    """The peer's output, or the exception that it ran into."""
+def _attempt(name: str, call: Callable[[], Any]) -> Any:
+    """The peer's result, or the exception that it ran into."""
     import torch
 
     try:
-        with only(name):
-            out = sdpa(q, k, v, mask)
-        if q.is_cuda:
+        with backend_of(name):
+            result = call()
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
     except Exception as error:  # whatever a peer runs into, the others go on
         return error
-    return out
+    return result
 
 
 def first_line(error: Exception) -> str:
@@ -136,6 +168,36 @@ def gold_and_unfused(q: Any, k: Any, v: Any, mask: str) -> tuple[Any, Any, Any]:
     return gold, lse, unfused
 
 
+def gold_and_unfused_gradients(dout: Any, q: Any, k: Any, v: Any, mask: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The gradients of q, k and v by torch's autograd: in float64, and of the unfused peer in q's dtype.
+
+    The unfused peer as in `gold_and_unfused`; the gradients of its scores are rounded to the dtype as well. There are
+    as many key heads as query heads, and as many keys as rows. The rows are computed in slices.
+    """
+    import torch
+
+    rows = q.shape[2]
+    step = max(1, _SCORES // (q.shape[0] * q.shape[1] * rows))
+    place = torch.arange(rows, device=q.device)
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        query, key, value = leaves
+        for first in range(0, rows, step):
+            part = slice(first, first + step)
+            scores = q.shape[3] ** -0.5 * (query[:, :, part] @ key.mT)
+            if mask == "causal":
+                scores = scores.masked_fill(place > place[part, None], -torch.inf)
+            weights = scores.softmax(-1)
+            if dtype == torch.float32:
+                scores.register_hook(lambda gradient: gradient.to(q.dtype).to(gradient.dtype))
+                weights = weights + (weights.to(q.dtype).to(dtype) - weights).detach()
+            (weights @ value).backward(dout[:, :, part].to(dtype))
+        results.append(leaves)
+    gold, unfused = results
+    return tuple(x.grad for x in gold), tuple(x.grad.to(q.dtype) for x in unfused)
+
+
 def relative_error(out: Any, gold: Any) -> float:
     """``|out - gold| / |gold|`` in the Euclidean norm; NaN if there is one in ``out``."""
     return float((out.double() - gold).norm() / gold.norm())
@@ -148,7 +210,8 @@ def largest_error(out: Any, gold: Any) -> float:
 def why_inaccurate(out: Any, gold: Any, references: dict[str, Any], dtype: str) -> str | None:
     """None if ``out`` is about as accurate as the worst of the ``references``, by the rules of cuattn.testing."""
     worst = max(relative_error(reference, gold) for reference in references.values())
-    error, allowed = relative_error(out, gold), ERROR_RATIO * max(worst, ROUNDING[dtype])
+    ratio = FP32_ERROR_RATIO if dtype == "float32" else ERROR_RATIO
+    error, allowed = relative_error(out, gold), ratio * max(worst, ROUNDING[dtype])
     if not error <= allowed:
         return f"relative L2 error {error:.3g}, allowed {allowed:.3g}"
     unit = _UNIT[dtype] * float(gold.abs().max())

@@ -27,7 +27,7 @@ from cuattn.testing.subject import contiguous, padded, rows_first
 
 PLANTS: dict[str, Substitution] = {
     # for memcheck: rows behind the end of the output are written, rows behind the end of q, k and v are read, new keys
-    # are written behind the end of a cache
+    # are written behind the end of a cache, gradients behind that of queries
     "write": (
         "attn/epilogue.cuh",
         "        if (row < valid) {\n            ptx::store_global_u32x4",
@@ -35,6 +35,7 @@ PLANTS: dict[str, Substitution] = {
     ),
     "read": ("ptx/cp_async.cuh", '"r"(valid ? 16 : 0)', '"r"(16)'),
     "append": ("append_kv.cuh", "length < params.key_length - (source - first);", "true;"),
+    "gradient": ("backward_queries.cuh", "        if (number >= end.query_length) continue;\n", ""),
     # for racecheck: two warps use the same memory, tiles are read before all of their copies have landed, counts before
     # they are there
     "overlap": (
@@ -48,7 +49,13 @@ PLANTS: dict[str, Substitution] = {
         "ptx::cp_async_wait<lookahead - 1>();\n        __syncthreads();",
         "ptx::cp_async_wait<lookahead - 1>();\n        // a barrier",
     ),
-    "scan": ("scan_mask.cuh", "        __syncthreads();", "        // a barrier"),
+    "scan": ("attn/compaction.cuh", "            __syncthreads();", "            // a barrier"),
+    "rows": (
+        "backward_keys.cuh",
+        "            __syncthreads();  // this step's rows",
+        "            // this step's rows",
+    ),
+    "keys": ("backward_queries.cuh", "        __syncthreads();  // this step's keys", "        // this step's keys"),
 }
 #: Those that the kernel for many rows serves.
 DTYPES = ("float16", "bfloat16")

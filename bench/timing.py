@@ -119,4 +119,5 @@ def medians(times: Times) -> dict[str, float]:
 def ratios(name: str, times: Times) -> dict[str, str]:
     """A provider's speed over each peer's, by column: above 1 is faster."""
     ms = medians(times)
-    return {f"ratio_to_{peer}": f"{ms[peer] / ms[name]:.3f}" for peer in peers.SDPA if peer in ms}
+    others = (*peers.SDPA, peers.DETERMINISTIC)
+    return {f"ratio_to_{peer}": f"{ms[peer] / ms[name]:.3f}" for peer in others if peer in ms}
