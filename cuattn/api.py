@@ -46,7 +46,7 @@ def attention(
     lse)``. On a GPU the work is queued on the caller's current stream without synchronising, and can be captured in a
     CUDA graph after a first call. A workspace comes from the caller's allocator: at most (blocks that fill the device)
     x (chunks of the longest possible sequence) x (up to 16 rows) x (Dv + 2) x 4 bytes, and for a key_padding_mask
-    B x (2 Lk + 1) x 4 bytes. There is no autograd: results do not require gradients.
+    B x (2 Lk + 2) x 4 bytes. There is no autograd: results do not require gradients.
 
     Guarantee (docs/numerics.md): for one contract version, backend, GPU architecture, dtype, head dims and mask, the
     bits of a row depend on its query, on the keys and values that it sees, in their order, and on the scale. They do

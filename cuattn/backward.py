@@ -63,7 +63,7 @@ def plan_backward(
         inputs |= p.sequences.arrays
     rows_config = configs.RowsConfig(p.value_dim, p.mask, p.query.dtype, target.arch)
     planned: list[tuple[KernelConfig, int, dict[str, Tensor]]] = [
-        (rows_config, -(-rows // (rows_config.threads // 32)), {}),
+        (rows_config, -(-rows // rows_config.block_rows), {}),
         (configs.CompactConfig(target.arch), count * heads, {}),
         (keys, p.batch * p.key_heads * key_tiles, {"dk": gradients.key, "dv": gradients.value}),
         (queries, p.batch * heads * attend.params.query_tiles, {"dq": gradients.query}),

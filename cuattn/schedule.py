@@ -170,7 +170,7 @@ def plan_scan(mask: Tensor, target: Target, allocate: Allocate) -> Launch:
     batch, length = mask.shape
     tables = {
         "positions": allocate((batch, max(1, length)), "int32"),
-        "seen": allocate((batch, length + 1), "int32"),
+        "seen": allocate((batch, length + 2), "int32"),
     }
     params = ScanParams(
         mask=mask.pointer,

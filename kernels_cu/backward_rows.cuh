@@ -1,8 +1,8 @@
 // What the backward pass must know of each query row: a record for every row of every head. The including unit defines
 // namespace cuattn::config with the constants of one RowsConfig (cuattn/jit/unit.py).
 //
-// A warp has a row. Lane l sums the products of columns 8 l to 8 l + 7, ascending; then lanes 1, 2, 4, 8 and 16 apart are
-// added.
+// A row has as many lanes of a warp as it has groups of 8 columns, or as the next power of two. Each sums its products,
+// ascending; then lanes 1, 2, 4, 8 and 16 apart are added.
 #pragma once
 
 #include <attn/params.cuh>
@@ -19,7 +19,13 @@ using config::threads, config::value_dim;
 constexpr u32 all_lanes = 0xffffffffu;
 constexpr float log2_e = 1.44269504088896341f;
 constexpr int lane_columns = 8;
-static_assert(value_dim <= 32 * lane_columns && value_dim % lane_columns == 0);
+__device__ constexpr int lanes_for(int columns) {
+    int lanes = 1;
+    while (lanes * lane_columns < columns) lanes *= 2;
+    return lanes;
+}
+constexpr int row_lanes = lanes_for(value_dim);
+static_assert(row_lanes <= 32 && value_dim % lane_columns == 0 && threads / row_lanes == config::block_rows);
 static_assert(config::contract_version == 1, "this file implements version 1 of docs/numerics.md");
 
 using RowSequence = Sequence<config::causal, true, true>;
@@ -51,19 +57,19 @@ __device__ __forceinline__ void load_columns(const void* data, i64 start, int la
 
 extern "C" __global__ void __launch_bounds__(threads) backward_rows(const __grid_constant__ BackwardParams params) {
     const ForwardParams& forward = params.forward;
-    const int lane = threadIdx.x & 31;
-    const i64 index = i64(blockIdx.x) * (threads / 32) + threadIdx.x / 32;  // into (batch, query_heads, query_length)
-    if (index >= params.row_count) return;
+    const int lane = threadIdx.x % row_lanes;
+    const i64 number = i64(blockIdx.x) * config::block_rows + threadIdx.x / row_lanes;
+    const i64 index = min(number, params.row_count - 1);  // into (batch, query_heads, query_length)
     const int token = static_cast<int>(index % forward.query_length);
     const i64 heads = index / forward.query_length;
     const int head = static_cast<int>(heads % forward.query_heads),
               batch = static_cast<int>(heads / forward.query_heads);
 
     const int* const starts = forward.sequences.query_starts;
-    const RowSequence sequence(forward,
-                               starts ? last_sequence(forward.sequences.count, lane,
-                                                      [&](int s) { return ptx::load_global_s32(starts + s) <= token; })
-                                      : batch);
+    const RowSequence sequence(
+        forward, starts ? last_sequence_alone(forward.sequences.count,
+                                              [&](int s) { return ptx::load_global_s32(starts + s) <= token; })
+                        : batch);
     const int row = token - sequence.query_start;
     const bool exists = row >= 0 && row < sequence.query_length;
 
@@ -81,15 +87,16 @@ extern "C" __global__ void __launch_bounds__(threads) backward_rows(const __grid
         for (int i = 0; i < lane_columns; ++i) sum = __fmaf_rn(dout[i], out[i], sum);
     }
 #pragma unroll
-    for (int step = 1; step < 32; step *= 2) sum = __fadd_rn(sum, __shfl_xor_sync(all_lanes, sum, step));
-    bool contributes = __any_sync(all_lanes, nonzero);
+    for (int step = 1; step < row_lanes; step *= 2) sum = __fadd_rn(sum, __shfl_xor_sync(all_lanes, sum, step));
+    const u32 votes = __ballot_sync(all_lanes, nonzero), mine = 0xffffffffu >> (32 - row_lanes);
+    bool contributes = (votes >> (threadIdx.x & 31 & ~(row_lanes - 1)) & mine) != 0;
     if (params.dlse) {
         const float dlse = ptx::load_global_f32(params.dlse + index);
         sum = __fsub_rn(sum, dlse);
         contributes = contributes || dlse != 0.0f;
     }
     const int visible = exists && contributes ? sequence.visible_keys(row) : 0;
-    if (lane == 0) {
+    if (lane == 0 && number < params.row_count) {
         const float log = __fmul_rn(ptx::load_global_f32(forward.lse + index), log2_e);
         ptx::store_global_u32x4(params.rows + index,
                                 make_uint4(__float_as_uint(log), __float_as_uint(sum), visible, row));

@@ -37,7 +37,11 @@ def expected_scan(mask: Array) -> tuple[Array, Array]:
     for row, places in zip(mask, positions, strict=True):
         valid = np.flatnonzero(row)
         places[: valid.size] = valid
-    seen = np.concatenate([np.zeros((len(mask), 1), np.int32), np.cumsum(mask, axis=1, dtype=np.int32)], axis=1)
+    seen = np.zeros((len(mask), mask.shape[1] + 2), np.int32)
+    seen[:, 1:-1] = np.cumsum(mask, axis=1)
+    for row, keys in zip(seen, map(np.flatnonzero, mask), strict=True):
+        in_one_piece = keys.size == 0 or keys[-1] - keys[0] == keys.size - 1
+        row[-1] = keys[:1].sum() if in_one_piece else -1
     return positions, seen
 
 

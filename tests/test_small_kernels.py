@@ -24,7 +24,18 @@ class TestScan:
         mask = np.full((2, length), valid)
         positions, seen = scan(mask)
         assert (positions == (np.arange(length) if valid else 0)).all()
-        assert (seen == np.arange(length + 1) * valid).all()
+        assert (seen == [*np.arange(length + 1) * valid, 0]).all()
+
+    @pytest.mark.parametrize(("first", "end"), [(0, 7), (3, 3), (5, 70), (60, 90), (89, 90)])
+    def test_keys_in_one_piece(self, first: int, end: int) -> None:
+        mask = np.zeros((2, 90), bool)
+        mask[:, first:end] = True
+        mask[1, [0, 88]] = True  # two pieces, unless they touch
+        got = scan(mask)
+        for x, expected in zip(got, expected_scan(mask), strict=True):
+            np.testing.assert_array_equal(x, expected)
+        assert got[1][0, -1] == (first if end > first else 0)
+        assert got[1][1, -1] == -1
 
     def test_strides(self) -> None:
         mask = random_mask(300)

@@ -14,7 +14,7 @@ RECORD_BYTES = 16
 
 @dataclass(frozen=True)
 class RowsConfig(KernelConfig):
-    """The record of each row: a warp has a row. The one kernel that knows the mask."""
+    """The record of each row. The one kernel that knows the mask."""
 
     kernel = "backward_rows"
     params = "BackwardParams"
@@ -38,7 +38,14 @@ class RowsConfig(KernelConfig):
             "float32": self.dtype == "float32",
             "bfloat16": self.dtype == "bfloat16",
             "threads": self.threads,
+            "block_rows": self.block_rows,
         }
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of a block: a lane has eight columns."""
+        lanes: int = 1 << (self.value_dim // 8 - 1).bit_length()
+        return self.threads // lanes
 
 
 class CompactConfig(HelperConfig):
@@ -154,7 +161,9 @@ class KeysConfig(_GradientConfig):
             columns = 2 if self._largest_dim <= 192 else 4
             yield from ((warps, 1, columns, 16, 16, 1) for warps in (8 // columns, 2, 1))
         elif self._largest_dim <= 64:
-            yield from ((4, 1, 1, 64, 32, 3), (4, 1, 1, 64, 32, 2), (4, 1, 1, 32, 32, 1))
+            if self.arch not in ("sm_80", "sm_87"):  # where ptxas spills
+                yield from ((4, 2, 1, 64, 32, 2), (4, 2, 1, 64, 32, 1))
+            yield from ((4, 1, 1, 64, 64, 2), (4, 1, 1, 32, 32, 1))
         elif self._largest_dim <= 128:
             yield from ((8, 1, 1, 64, 32, 1), (8, 1, 1, 32, 32, 1), (4, 1, 1, 32, 32, 1))
         else:
@@ -225,10 +234,11 @@ class QueriesConfig(_GradientConfig):
             columns = 1 if self._largest_dim <= 128 else 2
             yield from ((warps, 1, columns, 16, 2, 1) for warps in (4, 2, 1))
         elif self._largest_dim <= 64:
-            yield from ((4, 2, 1, 32, 2, 2), (4, 2, 1, 32, 2, 1))
+            yield from ((4, 2, 1, 64, 2, 2), (4, 2, 1, 32, 2, 1))
         elif self._largest_dim <= 128:
-            if not self.paged:
-                yield from ((4, 2, 1, 32, 2, 2), (4, 2, 1, 32, 2, 1))
-            yield from ((4, 1, 1, 32, 2, 2), (4, 1, 1, 32, 2, 1))
+            if not self.paged and self.arch in ("sm_80", "sm_87", "sm_90a"):  # elsewhere ptxas spills
+                yield (4, 2, 1, 32, 2, 2)
+                yield (4, 2, 1, 32, 2, 1)
+            yield from ((4, 1, 1, 64, 2, 2), (4, 1, 1, 64, 2, 1), (4, 1, 1, 32, 2, 1))
         else:
             yield from ((8, 1, 1, 32, 2, 1), (4, 1, 1, 32, 2, 1), (2, 1, 1, 32, 2, 1), (2, 1, 1, 16, 2, 1))

@@ -17,7 +17,9 @@ struct Sequences {
     const int* key_lengths;  // (count): keys of sequence s that exist, from its first on
     // (count, pages_per_sequence): keys [p page_size, (p + 1) page_size) of sequence s lie in page pages[s][p]
     const int* pages;
-    const int* seen;  // (count, key_length + 1): of the first j places of sequence s, how many hold a key
+    // (count, key_length + 2): of the first j places of sequence s, how many hold a key; then the place of its first key if
+    // its keys lie in one piece, else -1
+    const int* seen;
     int count;
     int cached;    // the causal diagonal ends at a sequence's last key; else at the last place for one
     int new_keys;  // key_lengths count the keys before those of this call, as many as queries
@@ -109,7 +111,7 @@ struct AppendParams {
 struct ScanParams {
     const unsigned char* mask;  // (batch, key_length), true where a key is
     int* positions;             // (batch, key_length): place of the j-th key; behind the last one 0
-    int* seen;                  // (batch, key_length + 1): how many of the first j places hold a key
+    int* seen;                  // (batch, key_length + 2): as in Sequences
     i64 batch_stride, token_stride;
     int key_length;
 };

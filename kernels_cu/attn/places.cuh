@@ -57,14 +57,16 @@ class KeyRows {
     __device__ __forceinline__ void load(u32 to, bool values, int tile, int first) const {
         const Element* const head = values ? value_ : key_;
         const int start = tile * key_tile + first, existing = sequence_.key_length - start;
-        if constexpr (paged) {
+        bool looked_up = paged;
+        if constexpr (paged) looked_up = sequence_.first_place < 0;
+        if (looked_up) {
             const u32 places = tables_ + ((values ? tiles : 0) + tile % tiles) * (key_tile * 4) + first * 4;
             Tile::template load<columns, rows, threads>(
                 to, existing, threadIdx.x, [&](int row) { return ptx::load_shared_u32(places + row * 4); },
                 [&](u32 place) { return head + static_cast<i64>(static_cast<int>(place)) * unit; });
         } else {
             const i64 stride = values ? params_.value_strides.token : params_.key_strides.token;
-            const Element* const from = head + start * stride;
+            const Element* const from = head + (start + (paged ? sequence_.first_place : 0)) * stride;
             Tile::template load<columns, rows, threads>(to, existing, threadIdx.x,
                                                         [&](int row) { return from + row * stride; });
         }

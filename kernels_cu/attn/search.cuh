@@ -20,4 +20,20 @@ __device__ __forceinline__ int last_sequence(int count, int lane, const StartsBe
     return first;
 }
 
+// The same by one thread alone, which may ask about another place than its neighbours.
+template <class StartsBefore>
+__device__ __forceinline__ int last_sequence_alone(int count, const StartsBefore& starts_before) {
+    int first = 0;
+    while (count > 1) {
+        const int half = count / 2;
+        if (starts_before(first + half)) {
+            first += half;
+            count -= half;
+        } else {
+            count = half;
+        }
+    }
+    return first;
+}
+
 }  // namespace cuattn

@@ -18,6 +18,7 @@ struct Sequence {
     int places;                    // for keys, of which key_length exist
     int diagonal;                  // causal: row i sees the keys at the first diagonal + i + 1 places
     const int *pages, *seen;       // of this sequence, or null
+    int first_place;               // of its keys, if a table says only that they lie in one piece; else -1
 
     __device__ __forceinline__ Sequence() {}
 
@@ -42,7 +43,8 @@ struct Sequence {
         places = key_length;
         if constexpr (paged) {
             pages = sequences.pages ? sequences.pages + i64(index) * sequences.pages_per_sequence : nullptr;
-            seen = sequences.seen ? sequences.seen + i64(index) * (places + 1) : nullptr;
+            seen = sequences.seen ? sequences.seen + i64(index) * (places + 2) : nullptr;
+            first_place = seen ? ptx::load_global_s32(seen + places + 1) : -1;
             if (seen) key_length = ptx::load_global_s32(seen + places);
         }
         if (ragged && sequences.key_lengths) {
@@ -58,12 +60,13 @@ struct Sequence {
     __device__ __forceinline__ int visible_keys(int row) const {
         if (!causal) return key_length;
         const int seen_places = max(0, min(places, diagonal + row + 1));
-        if (paged && seen) return ptx::load_global_s32(seen + seen_places);
-        return min(key_length, seen_places);
+        if (paged && seen && first_place < 0) return ptx::load_global_s32(seen + seen_places);
+        return min(key_length, paged && seen ? max(0, seen_places - first_place) : seen_places);
     }
 
     // The page that holds key `key`, which exists.
     __device__ __forceinline__ int page_at(const Sequences& sequences, int key) const {
+        if (first_place >= 0) return first_place + key;
         const u32 page = ptx::load_global_s32(pages + page_of(sequences, key));
         return static_cast<int>(min(page, sequences.page_count - 1u));
     }

@@ -65,6 +65,13 @@ __device__ __forceinline__ int load_global_s32(const int* from) {
     return x;
 }
 
+// Memory that this kernel writes to.
+__device__ __forceinline__ int load_written_s32(const int* from) {
+    int x;
+    asm volatile("ld.global.s32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
+    return x;
+}
+
 __device__ __forceinline__ u32 load_global_u8(const unsigned char* from) {
     u32 x;
     asm volatile("ld.global.u8 %0, [%1];" : "=r"(x) : "l"(from) : "memory");

@@ -45,6 +45,11 @@ inline int load_global_s32(const int* from) {
     emulator::load_global(&x, from, 4);
     return x;
 }
+inline int load_written_s32(const int* from) {
+    int x;
+    emulator::load_global(&x, from, 4);
+    return x;
+}
 inline u32 load_global_u8(const unsigned char* from) {
     unsigned char x;
     emulator::load_global(&x, from, 1);
