@@ -109,9 +109,11 @@ struct Fragments<true, false> {
         Right right;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int c = column + 8 * (i / 2) + lane / 4;
-            const u32 unit = rows + Rows::offset(8 * group + 2 * (lane & 3) + i % 2, c / 4);
-            split_right(right, i, ptx::load_shared_u32(unit + c % 4 * 4));
+            // Tile::offset of unit (first + lane / 16), with what differs between columns apart, for addresses to share
+            const int row = 2 * (lane & 3) + i % 2, first = column / 4 + 2 * (i / 2);
+            const u32 unit = (first & ~7) + ((first & 7) ^ (lane >> 4) ^ row);
+            split_right(right, i,
+                        ptx::load_shared_u32(rows + (8 * group + row) * Rows::row_bytes + unit * 16 + lane / 4 % 4 * 4));
         }
         return right;
     }

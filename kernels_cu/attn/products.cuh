@@ -45,8 +45,8 @@ struct Products {
     }
 
     // Weights from block first_block on; groups of keys ascending. The output's columns start at first_column of the
-    // values' rows. Of many groups in one piece ptxas holds the products of most at a time, and spills: they are taken in two
-    // halves by a loop.
+    // values' rows. Of many groups in one piece ptxas holds the products of most at a time, and spills: a loop takes them
+    // in two halves.
     template <int blocks>
     __device__ __forceinline__ static void multiply_values(Out& out, const float (&weight)[blocks][4], u32 value_rows,
                                                            int lane, int first_block = 0, int first_column = 0) {

@@ -38,7 +38,9 @@ using std::max;
 using std::min;
 
 inline float __fadd_rn(float a, float b) { return a + b; }
-inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fsub_rn(float a, float b) {  // a kernel may take the bits
+    return emulator::float_of(emulator::device_bits_of(a - b));
+}
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __frcp_rn(float a) { return 1.0f / a; }
