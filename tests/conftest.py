@@ -1,8 +1,12 @@
 """What every test session shares: a kernel cache of its own, and the rule for tests that need a GPU."""
 
+import importlib
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -26,6 +30,13 @@ def pytest_configure(config: pytest.Config) -> None:
             os.environ[env.CACHE_DIR] = before
 
     config.add_cleanup(restore)
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Imports a file of bench/ by its name, as the scripts import each other."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "bench"))
+    return importlib.import_module
 
 
 def why_no_gpu() -> str | None:

@@ -1,7 +1,6 @@
 """The benchmarks, as far as they go without a GPU: they start, count work rightly and judge rightly."""
 
 import csv
-import importlib
 import os
 import subprocess
 import sys
@@ -18,13 +17,6 @@ SCRIPTS = (
     *("accuracy", "backward", "contract_choices", "decode", "forward", "gpu_suite", "jit_time", "padded", "sanitize"),
     "smoke",
 )
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch):
-    """Imports a file of bench/ by its name, as the scripts import each other."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -1,6 +1,5 @@
 """What the benchmarks of caches and padding measure is right: they accept cuattn's answers and refuse others."""
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,6 @@ from cuattn.testing import NumpyLibrary
 from cuattn.testing.arrays import raw_bits
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch):
-    """Imports a file of bench/ by its name, as the scripts import each other."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module
 
 
 def one_bit_off(function: Any, place: tuple[int, ...]) -> Any:
