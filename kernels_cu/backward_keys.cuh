@@ -9,6 +9,7 @@
 #pragma once
 
 #include <attn/epilogue.cuh>
+#include <attn/exchange.cuh>
 #include <attn/fragments.cuh>
 #include <attn/matmul.cuh>
 #include <attn/params.cuh>
@@ -44,7 +45,11 @@ struct Rows {
     unsigned char query[row_step * KeyTile::row_bytes], dout[row_step * ValueTile::row_bytes];
 };
 
-struct SharedMemory {
+// Warps that share keys compute the scores of some rows each, where there are enough, and pass them on.
+constexpr bool share_scores = column_warps > 1 && row_part >= 16 * column_warps;
+using Scores = SharedResults<share_scores, key_warps, 2, key_blocks, row_part / 8>;
+
+struct SharedMemory : Scores {
     alignas(1024) unsigned char key[key_tile * KeyTile::row_bytes];
     unsigned char value[key_tile * ValueTile::row_bytes];
     Rows rows[2];                    // of this step and the next
@@ -63,17 +68,19 @@ class BlockKeys {
                                          const KeySequence& sequence, int key_head, int first_key)
         : params_(params),
           shared_(shared),
-          sequence_(sequence),
+          index_(sequence.index),
+          query_batch_(sequence.query_batch),
+          query_start_(sequence.query_start),
           key_head_(key_head),
           first_key_(first_key),
           lane_(threadIdx.x & 31),
           key_warp_(threadIdx.x / 32 / column_warps),
           column_warp_(threadIdx.x / 32 % column_warps) {}
 
-    __device__ __forceinline__ void run() {
-        store_padding();
-        if (first_key_ >= sequence_.key_length) return;
-        load_keys();
+    __device__ __forceinline__ void run(const KeySequence& sequence) {
+        store_padding(sequence);
+        if (first_key_ >= sequence.key_length) return;
+        load_keys(sequence);
         next_ = first_step(key_head_ * params_.forward.group);
         load_records();
         ptx::cp_async_commit();
@@ -98,8 +105,9 @@ class BlockKeys {
                          rows + row_step * KeyTile::row_bytes + first * ValueTile::row_bytes);
             }
         }
-        store(params_.dkey, params_.dkey_strides, dkey, head_dim, params_.scale);
-        store(params_.dvalue, params_.dvalue_strides, dvalue, value_dim, 1.0f);
+        const KeySequence end(params_.forward, index_);  // found again rather than kept in registers
+        store(end, params_.dkey, params_.dkey_strides, dkey, head_dim, params_.scale);
+        store(end, params_.dvalue, params_.dvalue_strides, dvalue, value_dim, 1.0f);
     }
 
   private:
@@ -113,29 +121,32 @@ class BlockKeys {
     }
 
     // The place of a key that exists.
-    __device__ __forceinline__ int place_of(int key) const {
-        return sequence_.pages ? sequence_.page_at(params_.forward.sequences, key) : key;
+    __device__ __forceinline__ int place_of(const KeySequence& sequence, int key) const {
+        return sequence.pages ? sequence.page_at(params_.forward.sequences, key) : key;
     }
 
     template <class T>
-    __device__ __forceinline__ T* place_in(T* data, const Strides& strides, int place) const {
-        return KeySequence::start_of(data, strides, sequence_.key_batch, key_head_, sequence_.key_start + place);
+    __device__ __forceinline__ T* place_in(const KeySequence& sequence, T* data, const Strides& strides,
+                                           int place) const {
+        return KeySequence::start_of(data, strides, sequence.key_batch, key_head_, sequence.key_start + place);
     }
 
-    __device__ __forceinline__ void load_keys() const {
+    __device__ __forceinline__ void load_keys(const KeySequence& sequence) const {
         const ForwardParams& forward = params_.forward;
-        const int existing = sequence_.key_length - first_key_;
-        const auto place = [&](int row) { return row < existing ? place_of(first_key_ + row) : 0; };
+        const int existing = sequence.key_length - first_key_;
+        const auto place = [&](int row) { return row < existing ? place_of(sequence, first_key_ + row) : 0; };
         KeyTile::template load<head_dim, key_tile, threads>(
-            ptx::shared_address(shared_.key), existing, threadIdx.x, place,
-            [&](int at) { return place_in(static_cast<const Element*>(forward.key), forward.key_strides, at); });
+            ptx::shared_address(shared_.key), existing, threadIdx.x, place, [&](int at) {
+                return place_in(sequence, static_cast<const Element*>(forward.key), forward.key_strides, at);
+            });
         ValueTile::template load<value_dim, key_tile, threads>(
-            ptx::shared_address(shared_.value), existing, threadIdx.x, place,
-            [&](int at) { return place_in(static_cast<const Element*>(forward.value), forward.value_strides, at); });
+            ptx::shared_address(shared_.value), existing, threadIdx.x, place, [&](int at) {
+                return place_in(sequence, static_cast<const Element*>(forward.value), forward.value_strides, at);
+            });
     }
 
     __device__ __forceinline__ const RowRecord* records_of(int head) const {
-        return params_.contributing + first_record(params_.forward, sequence_, head);
+        return params_.contributing + first_record(params_.forward, query_batch_, query_start_, head);
     }
 
     // The first step of query head `head` or of the first one behind it that has rows: it is the first that sees the
@@ -143,8 +154,7 @@ class BlockKeys {
     __device__ __forceinline__ Step first_step(int head) const {
         const int end = (key_head_ + 1) * params_.forward.group;
         for (; head < end; ++head) {
-            const int count =
-                ptx::load_global_s32(params_.counts + i64(sequence_.index) * params_.forward.query_heads + head);
+            const int count = ptx::load_global_s32(params_.counts + i64(index_) * params_.forward.query_heads + head);
             if (count == 0) continue;
             const RowRecord* const records = records_of(head);
             const int last_without = last_sequence(
@@ -174,8 +184,8 @@ class BlockKeys {
                 return static_cast<int>(ptx::load_shared_u32(records + row * sizeof(RowRecord) + 12));
             };
             const auto start = [&](const void* data, const Strides& strides, int row) {
-                return KeySequence::start_of(static_cast<const Element*>(data), strides, sequence_.query_batch,
-                                             step.head, sequence_.query_start + row);
+                return KeySequence::start_of(static_cast<const Element*>(data), strides, query_batch_, step.head,
+                                             query_start_ + row);
             };
             KeyTile::template load<head_dim, row_step, threads>(
                 ptx::shared_address(rows.query), existing, threadIdx.x, number,
@@ -195,60 +205,90 @@ class BlockKeys {
     template <int key_columns, int value_columns>
     __device__ __forceinline__ void add_rows(float (&dkey)[key_blocks][key_columns][4],
                                              float (&dvalue)[key_blocks][value_columns][4], u32 records, u32 query,
-                                             u32 dout) const {
-        const int warp_key = key_warp_ * warp_keys;
+                                             u32 dout) {
         const int last_visible =
             static_cast<int>(ptx::load_shared_u32(records + (row_part - 1) * sizeof(RowRecord) + 8));
-        if (last_visible > 0 && last_visible <= first_key_ + warp_key) return;  // none of the rows sees the warp's keys
-
-        const auto record = [&](int b, int c) {
-            return record_of(ptx::load_shared_f32x4(records + (8 * b + 2 * (lane_ & 3) + c) * sizeof(RowRecord)));
-        };
-        const int key = first_key_ + warp_key + lane_ / 4;
-        const float factor = params_.forward.negate_scores ? -params_.forward.factor : params_.forward.factor;
+        // whether any of the rows sees any of the warp's keys: of the last rows there may be none
+        const bool seen = last_visible == 0 || last_visible > first_key_ + key_warp_ * warp_keys;
         float weight[key_blocks][row_part / 8][4], dscore[key_blocks][row_part / 8][4];
-        multiply_rows<Operands, KeyTile, groups_of<Operands>(head_dim)>(
-            weight, ptx::shared_address(shared_.key) + warp_key * KeyTile::row_bytes, query, lane_);
+        if constexpr (!share_scores) {
+            if (!seen) return;
+            compute_weights(weight, records, query);
+            add_product<Operands, ValueTile>(dvalue, weight, dout, column_warp_ * value_columns * 8, lane_);
+            compute_dscores(dscore, weight, records, dout);
+            add_product<Operands, KeyTile>(dkey, dscore, query, column_warp_ * key_columns * 8, lane_);
+        } else {
+            const Exchange<key_blocks, row_part / 8> exchange(shared_.room(turn_, key_warp_), lane_);
+            if (seen) {
+                constexpr int share = share_scores ? row_part / column_warps : row_part;
+                const int first = column_warp_ * share;
+                float my_weight[key_blocks][share / 8][4], my_dscore[key_blocks][share / 8][4];
+                compute_weights(my_weight, records + first * sizeof(RowRecord), query + first * KeyTile::row_bytes);
+                compute_dscores(my_dscore, my_weight, records + first * sizeof(RowRecord),
+                                dout + first * ValueTile::row_bytes);
+                exchange.store(0, my_weight, first / 8);
+                exchange.store(1, my_dscore, first / 8);
+            }
+            turn_ ^= 1;
+            __syncthreads();
+            if (!seen) return;
+            exchange.load(0, weight);
+            add_product<Operands, ValueTile>(dvalue, weight, dout, column_warp_ * value_columns * 8, lane_);
+            exchange.load(1, dscore);
+            add_product<Operands, KeyTile>(dkey, dscore, query, column_warp_ * key_columns * 8, lane_);
+        }
+    }
+
+    // Weights of the warp's keys for some rows.
+    template <int blocks>
+    __device__ __forceinline__ void compute_weights(float (&weight)[key_blocks][blocks][4], u32 records,
+                                                    u32 query) const {
+        const u32 keys = ptx::shared_address(shared_.key) + key_warp_ * warp_keys * KeyTile::row_bytes;
+        multiply_rows<Operands, KeyTile, groups_of<Operands>(head_dim)>(weight, keys, query, lane_);
+        const float factor = params_.forward.negate_scores ? -params_.forward.factor : params_.forward.factor;
+        for_each<blocks>(records, [&](int m, int b, int c, const RowRecord& row, int key) {
+            weight[m][b][c] = weight_of(weight[m][b][c], factor, row, key);
+        });
+    }
+
+    // The gradients of their scores.
+    template <int blocks>
+    __device__ __forceinline__ void compute_dscores(float (&dscore)[key_blocks][blocks][4],
+                                                    const float (&weight)[key_blocks][blocks][4], u32 records,
+                                                    u32 dout) const {
+        const u32 values = ptx::shared_address(shared_.value) + key_warp_ * warp_keys * ValueTile::row_bytes;
+        multiply_rows<Operands, ValueTile, groups_of<Operands>(value_dim)>(dscore, values, dout, lane_);
+        for_each<blocks>(records, [&](int m, int b, int c, const RowRecord& row, int key) {
+            dscore[m][b][c] = dscore_of(weight[m][b][c], dscore[m][b][c], row, key);
+        });
+    }
+
+    // Calls body(m, b, c, row, key) for each element [m][b][c] of a result, whose columns are rows.
+    template <int blocks, class Body>
+    __device__ __forceinline__ void for_each(u32 records, const Body& body) const {
+        const int key = first_key_ + key_warp_ * warp_keys + lane_ / 4;
 #pragma unroll
-        for (int b = 0; b < row_part / 8; ++b) {
+        for (int b = 0; b < blocks; ++b) {
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
-                const RowRecord row = record(b, c);
+                const RowRecord row =
+                    record_of(ptx::load_shared_f32x4(records + (8 * b + 2 * (lane_ & 3) + c) * sizeof(RowRecord)));
 #pragma unroll
-                for (int i = 0; i < 2 * key_blocks; ++i) {
-                    float& x = weight[i / 2][b][2 * (i & 1) + c];
-                    x = weight_of(x, factor, row, key + 8 * i);
-                }
+                for (int i = 0; i < 2 * key_blocks; ++i) body(i / 2, b, 2 * (i & 1) + c, row, key + 8 * i);
             }
         }
-        add_product<Operands, ValueTile>(dvalue, weight, dout, column_warp_ * value_columns * 8, lane_);
-        multiply_rows<Operands, ValueTile, groups_of<Operands>(value_dim)>(
-            dscore, ptx::shared_address(shared_.value) + warp_key * ValueTile::row_bytes, dout, lane_);
-#pragma unroll
-        for (int b = 0; b < row_part / 8; ++b) {
-#pragma unroll
-            for (int c = 0; c < 2; ++c) {
-                const RowRecord row = record(b, c);
-#pragma unroll
-                for (int i = 0; i < 2 * key_blocks; ++i) {
-                    float& x = dscore[i / 2][b][2 * (i & 1) + c];
-                    x = dscore_of(weight[i / 2][b][2 * (i & 1) + c], x, row, key + 8 * i);
-                }
-            }
-        }
-        add_product<Operands, KeyTile>(dkey, dscore, query, column_warp_ * key_columns * 8, lane_);
     }
 
     // Writes the warp's part of a gradient, times `scale`.
     template <int blocks>
-    __device__ __forceinline__ void store(void* data, const Strides& strides,
+    __device__ __forceinline__ void store(const KeySequence& sequence, void* data, const Strides& strides,
                                           const float (&gradient)[key_blocks][blocks][4], int columns,
                                           float scale) const {
 #pragma unroll
         for (int i = 0; i < 2 * key_blocks; ++i) {
             const int key = first_key_ + key_warp_ * warp_keys + 8 * i + lane_ / 4;
-            if (key >= sequence_.key_length) continue;
-            Element* const row = place_in(static_cast<Element*>(data), strides, place_of(key));
+            if (key >= sequence.key_length) continue;
+            Element* const row = place_in(sequence, static_cast<Element*>(data), strides, place_of(sequence, key));
 #pragma unroll
             for (int b = 0; b < blocks; ++b) {
                 const int column = (column_warp_ * blocks + b) * 8 + 2 * (lane_ & 3), c = 2 * (i & 1);
@@ -261,16 +301,16 @@ class BlockKeys {
     }
 
     // Zeros at those of the places [first_key_, first_key_ + key_tile) that hold no key.
-    __device__ __forceinline__ void store_padding() const {
-        const int end = min(key_tile, sequence_.places - first_key_);
+    __device__ __forceinline__ void store_padding(const KeySequence& sequence) const {
+        const int end = min(key_tile, sequence.places - first_key_);
         for (int i = key_warp_ * column_warps + column_warp_; i < end; i += threads / 32) {
             const int place = first_key_ + i;
-            const bool is_key = sequence_.seen ? ptx::load_global_s32(sequence_.seen + place) <
-                                                     ptx::load_global_s32(sequence_.seen + place + 1)
-                                               : place < sequence_.key_length;
+            const bool is_key = sequence.seen ? ptx::load_global_s32(sequence.seen + place) <
+                                                    ptx::load_global_s32(sequence.seen + place + 1)
+                                              : place < sequence.key_length;
             if (is_key) continue;
             const auto clear_row = [&](void* data, const Strides& strides, int columns) {
-                Element* const row = place_in(static_cast<Element*>(data), strides, place);
+                Element* const row = place_in(sequence, static_cast<Element*>(data), strides, place);
                 for (int column = 2 * lane_; column < columns; column += 64) {
                     store_pair<config::float32, config::bfloat16>(row, column, 0.0f, 0.0f);
                 }
@@ -282,10 +322,11 @@ class BlockKeys {
 
     const BackwardParams& params_;
     SharedMemory& shared_;
-    const KeySequence& sequence_;
+    const int index_, query_batch_, query_start_;  // of the sequence
     const int key_head_, first_key_;
     const int lane_, key_warp_, column_warp_;
     Step next_;       // whose records are on their way
+    int turn_ = 0;    // of the two exchanges
     int loaded_ = 0;  // steps whose rows are on their way or were
 };
 
@@ -302,7 +343,7 @@ extern "C" __global__ void __launch_bounds__(threads, config::blocks_per_multipr
     if (tile < 0 || tile * key_tile >= sequence.places) return;
     BlockKeys(params, *static_cast<SharedMemory*>(ptx::dynamic_shared()), sequence, item % params.key_heads,
               tile * key_tile)
-        .run();
+        .run(sequence);
 }
 
 }  // namespace cuattn

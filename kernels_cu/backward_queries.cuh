@@ -67,7 +67,8 @@ extern "C" __global__ void __launch_bounds__(threads, config::blocks_per_multipr
     const int first_column = threadIdx.x / 32 % column_warps * blocks * 8;
     const BlockPlace place(forward, forward.query_heads, 1, lane);
     if (!place.has_rows(1)) return;
-    const RowRecord* const records = params.rows + first_record(forward, place, place.head);
+    const RowRecord* const records =
+        params.rows + first_record(forward, place.query_batch, place.query_start, place.head);
     const auto visible = [&](int row) {
         return row < place.query_length ? ptx::load_global_s32(&records[row].visible) : 0;
     };

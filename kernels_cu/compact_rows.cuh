@@ -21,7 +21,7 @@ extern "C" __global__ void __launch_bounds__(threads) compact_rows(const __grid_
     const ForwardParams& forward = params.forward;
     const int head = blockIdx.x % forward.query_heads, index = blockIdx.x / forward.query_heads;
     const Sequence<false, true, false> sequence(forward, index);
-    const i64 start = first_record(forward, sequence, head);
+    const i64 start = first_record(forward, sequence.query_batch, sequence.query_start, head);
     const int count = Places::run(
         sequence.query_length, *static_cast<SharedMemory*>(ptx::dynamic_shared()),
         [&](int row) { return ptx::load_global_s32(&params.rows[start + row].visible) > 0; },

@@ -135,19 +135,20 @@ class KeysConfig(_GradientConfig):
 
     @functools.cached_property
     def shared_bytes(self) -> int:
-        return self._bytes(*self._shape[:2], self._shape[3])
+        return self._bytes(*self._shape[:5])
 
-    def _bytes(self, key_warps: int, key_blocks: int, row_step: int) -> int:
-        """Keys and values, two steps' rows, three steps' records."""
+    def _bytes(self, key_warps: int, key_blocks: int, column_warps: int, row_step: int, row_part: int) -> int:
+        """Keys and values, two steps' rows, three steps' records; twice the scores that warps pass on."""
         total = self._row_bytes(16 * key_warps * key_blocks + 2 * row_step) + 3 * row_step * RECORD_BYTES
-        return -(-total // 1024) * 1024
+        passed_on = column_warps > 1 and row_part >= 16 * column_warps
+        scores = 2 * key_warps * 2 * key_blocks * row_part // 8 * 512
+        return -(-total // 1024) * 1024 + passed_on * scores
 
     @functools.cached_property
     def _shape(self) -> tuple[int, int, int, int, int, int]:
         """(key warps, blocks of 16 keys a warp, column warps, rows a copy, rows a step, blocks a multiprocessor)."""
         for shape in self._candidates():
-            key_warps, key_blocks, _, row_step, _, blocks = shape
-            if self._fits(self._bytes(key_warps, key_blocks, row_step), blocks):
+            if self._fits(self._bytes(*shape[:5]), shape[5]):
                 return shape
         raise AssertionError(f"{self}: no shape fits into memory")  # every head dim fits everywhere: tested
 
@@ -156,8 +157,8 @@ class KeysConfig(_GradientConfig):
         if self.dtype == "float32":
             if self._largest_dim <= 64:
                 yield from ((warps, 1, 1, step, 16, 1) for warps, step in ((8, 32), (4, 32), (4, 16)))
-            if self._largest_dim <= 128:
-                yield from ((warps, 1, 2, step, 16, 1) for warps, step in ((4, 32), (4, 16), (2, 16)))
+            if self._largest_dim <= 192:
+                yield from ((4, 1, 2, 32, 16, 1), (4, 1, 2, 16, 16, 1), (2, 1, 2, 16, 16, 1))
             columns = 2 if self._largest_dim <= 192 else 4
             yield from ((warps, 1, columns, 16, 16, 1) for warps in (8 // columns, 2, 1))
         elif self._largest_dim <= 64:
@@ -165,6 +166,8 @@ class KeysConfig(_GradientConfig):
                 yield from ((4, 2, 1, 64, 32, 2), (4, 2, 1, 64, 32, 1))
             yield from ((4, 1, 1, 64, 64, 2), (4, 1, 1, 32, 32, 1))
         elif self._largest_dim <= 128:
+            if self.arch == "sm_90a":  # elsewhere ptxas spills
+                yield (8, 1, 1, 64, 64, 1)
             yield from ((8, 1, 1, 64, 32, 1), (8, 1, 1, 32, 32, 1), (4, 1, 1, 32, 32, 1))
         else:
             yield from ((4, 1, 2, 64, 32, 1), (4, 1, 2, 32, 32, 1), (2, 1, 2, 32, 32, 1), (2, 1, 2, 16, 16, 1))

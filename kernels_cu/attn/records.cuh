@@ -8,10 +8,9 @@
 
 namespace cuattn {
 
-// The place of a sequence's first record of query head `head`.
-template <class Sequence>
-__device__ __forceinline__ i64 first_record(const ForwardParams& params, const Sequence& sequence, int head) {
-    return (i64(sequence.query_batch) * params.query_heads + head) * params.query_length + sequence.query_start;
+// The place of the first record of query head `head` of the sequence that starts at row `start` of batch entry `batch`.
+__device__ __forceinline__ i64 first_record(const ForwardParams& params, int batch, int start, int head) {
+    return (i64(batch) * params.query_heads + head) * params.query_length + start;
 }
 
 __device__ __forceinline__ RowRecord record_of(float4 words) {
