@@ -10,7 +10,16 @@ import pytest
 import cuattn
 from cuattn import config as configs
 from cuattn import emulator
-from cuattn.config import ARCHITECTURES, DTYPES, HEAD_DIMS, KernelConfig, few_rows, many_rows
+from cuattn.config import (
+    ARCHITECTURES,
+    DTYPES,
+    HEAD_DIMS,
+    KernelConfig,
+    KeysConfig,
+    backward_configs,
+    few_rows,
+    many_rows,
+)
 from cuattn.config.columns import ColumnsConfig
 from cuattn.schedule import Launch
 
@@ -46,6 +55,17 @@ def test_the_kernel_of_many_rows_fits(arch: str) -> None:
         assert config.ring_slots >= 2
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_kernels_of_the_backward_pass_fit(arch: str) -> None:
+    for head_dim, value_dim, dtype in product(HEAD_DIMS, HEAD_DIMS, DTYPES):
+        for config in backward_configs(head_dim, "causal", dtype, arch, value_dim):
+            if config.shared_bytes:
+                check_fit(config, arch, config.constants["blocks_per_multiprocessor"])
+    largest = KeysConfig(256, 256, "float32", arch)
+    with pytest.raises(AssertionError):  # the control: a device with less memory
+        check_fit(largest, arch, ARCHITECTURES[arch] // largest.shared_bytes + 1)
+
+
 ASKED = [(64, 64, "float16"), (192, 192, "float16"), (192, 128, "float16"), (64, 64, "float32"), (64, 128, "float32")]
 
 
@@ -67,6 +87,9 @@ def test_calls_ask_for_the_kernels_that_are_compiled_ahead_of_time(
     with cuattn.use_backend("emulator", "sm_80"):
         for rows in (1, 150):
             q = zeros(2, 4, rows, head_dim)
+            out = zeros(2, 4, rows, value_dim), np.zeros((2, 4, rows), np.float32)
+            cuattn.attention_backward(out[0], q, k, v, *out, "causal")
+            cuattn.attention_backward(out[0], q, k, v, *out, "causal", key_padding_mask=mask)
             cuattn.attention(q, k, v, "causal")
             cuattn.attention(q, k, v, "causal", kv_lengths=lengths)
             cuattn.attention(q, k, v, "causal", key_padding_mask=mask)
@@ -82,4 +105,5 @@ def test_calls_ask_for_the_kernels_that_are_compiled_ahead_of_time(
             cuattn.attention_varlen(*(x[0].swapaxes(0, 1) for x in (q, k, v)), *starts, "causal")
     compiled = configs.attention_configs(head_dim, "causal", dtype, "sm_80", value_dim)
     assert len(set(compiled)) == len(compiled)
+    compiled += configs.backward_configs(head_dim, "causal", dtype, "sm_80", value_dim)
     assert asked == {*compiled, *configs.helper_configs("sm_80")}

@@ -16,7 +16,16 @@ from cuattn.jit import compiler, kernels
 
 CONFIG = ForwardConfig(64, "causal", "bfloat16", "sm_80")
 #: The other kernels, whose stand-ins are the same but for the name.
-OTHERS = ("forward_columns", "combine", "append_kv", "scan_mask")
+OTHERS = (
+    "forward_columns",
+    "combine",
+    "append_kv",
+    "scan_mask",
+    "backward_rows",
+    "compact_rows",
+    "backward_keys",
+    "backward_queries",
+)
 KERNEL = """#include <common/value.cuh>
 #include "beside.cuh"
 struct Params { float* out; int n; };
@@ -224,7 +233,9 @@ def test_precompile_for_two_architectures(folder: Path) -> None:
         for arch in ("sm_80", "sm_90a")
         for config in (
             *configs.attention_configs(64, "causal", "float16", arch),
+            *configs.backward_configs(64, "causal", "float16", arch),
             *configs.attention_configs(64, "causal", "float32", arch),
+            *configs.backward_configs(64, "causal", "float32", arch),
             *configs.helper_configs(arch),
         )
     ]
@@ -243,13 +254,17 @@ def test_precompile_of_values_with_a_head_dim_of_their_own(folder: Path) -> None
     compiled = jit.precompile([64, 128], None, ["float32"], ["sm_80"], value_dims=[64])
     expected = [
         *configs.attention_configs(64, "full", "float32", "sm_80"),
+        *configs.backward_configs(64, "full", "float32", "sm_80"),
         *configs.attention_configs(64, "causal", "float32", "sm_80"),
+        *configs.backward_configs(64, "causal", "float32", "sm_80"),
         *configs.attention_configs(128, "full", "float32", "sm_80", 64),
+        *configs.backward_configs(128, "full", "float32", "sm_80", 64),
         *configs.attention_configs(128, "causal", "float32", "sm_80", 64),
+        *configs.backward_configs(128, "causal", "float32", "sm_80", 64),
         *configs.helper_configs("sm_80"),
     ]
     assert [kernel.config for kernel in compiled] == list(dict.fromkeys(expected))
-    assert len(compiled) == len(expected) - 3, "one kernel merges for all four"
+    assert len(compiled) == len(expected) - 3 - 8, "one kernel merges for all four; gradients' kernels know no mask"
     kernels = {(kernel.config.kernel, getattr(kernel.config, "value_dim", None)) for kernel in compiled}
     assert ("combine", 128) not in kernels
 

@@ -1,7 +1,8 @@
 """A sample of the real kernels compiles and keeps its data in registers.
 
 All of them are some ten thousand: `cuattn precompile` compiles them. Sampled are the kernel for many rows, that for few
-rows and the one that merges, each with a mask, with lengths and with pages that a seeded generator draws for the shape:
+rows, the one that merges and those of the backward pass, each with a mask, with lengths and with pages that a seeded
+generator draws for the shape:
 on sm_90a for every head dim, in bfloat16 and in float32; on one architecture of each kind for the head dims of most
 models, in 16 bits, and some in float32. Those around attention are there for each of these architectures.
 """
@@ -12,7 +13,18 @@ from collections.abc import Iterable, Iterator
 import pytest
 
 from cuattn import jit
-from cuattn.config import HEAD_DIMS, MASKS, CombineConfig, KernelConfig, few_rows, helper_configs, many_rows
+from cuattn.config import (
+    HEAD_DIMS,
+    MASKS,
+    CombineConfig,
+    KernelConfig,
+    KeysConfig,
+    QueriesConfig,
+    RowsConfig,
+    few_rows,
+    helper_configs,
+    many_rows,
+)
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120")
 #: (head dim, that of values).
@@ -28,6 +40,9 @@ def kernels(shape: tuple[int, int], dtype: str, arch: str) -> Iterator[KernelCon
     yield many_rows(*shape, draw.choice(MASKS), dtype, arch, ragged, paged)
     yield few_rows(*shape, draw.choice(MASKS), dtype, arch, draw.choice((False, True)))
     yield CombineConfig(shape[1], dtype, arch)
+    yield RowsConfig(shape[1], draw.choice(MASKS), dtype, arch)
+    yield KeysConfig(*shape, dtype, arch)
+    yield QueriesConfig(*shape, dtype, arch, draw.choice((False, True)))
 
 
 def assert_nothing_spills(configs: Iterable[KernelConfig]) -> None:
