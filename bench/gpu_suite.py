@@ -108,6 +108,7 @@ def all_steps(folder: Path) -> list[Step]:
         planted("racecheck", "columns", *call("few rows")),
         planted("racecheck", "scan", *call("mask")),
         planted("racecheck", "rows", *call("backward")),
+        planted("racecheck", "shared", *call("backward, 256 columns")),
         planted("racecheck", "keys", *call("backward")),
         Step("check", 170, check, shown=5),
         Step("accuracy", 60, bench("accuracy")),

@@ -36,8 +36,8 @@ PLANTS: dict[str, Substitution] = {
     "read": ("ptx/cp_async.cuh", '"r"(valid ? 16 : 0)', '"r"(16)'),
     "append": ("append_kv.cuh", "length < params.key_length - (source - first);", "true;"),
     "gradient": ("backward_queries.cuh", "        if (number >= end.query_length) continue;\n", ""),
-    # for racecheck: two warps use the same memory, tiles are read before all of their copies have landed, counts before
-    # they are there
+    # for racecheck: two warps use the same memory, tiles are read before all of their copies have landed, counts and
+    # other warps' scores before they are there
     "overlap": (
         "forward_sm80.cuh",
         "ptx::shared_address(shared.rows[warp])",
@@ -55,6 +55,7 @@ PLANTS: dict[str, Substitution] = {
         "            __syncthreads();  // this step's rows",
         "            // this step's rows",
     ),
+    "shared": ("backward_keys.cuh", "turn_ ^= 1;\n            __syncthreads();", "turn_ ^= 1;"),
     "keys": ("backward_queries.cuh", "        __syncthreads();  // this step's keys", "        // this step's keys"),
 }
 #: Those that the kernel for many rows serves.
