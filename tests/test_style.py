@@ -78,7 +78,7 @@ def test_kernels_have_no_conditional_compilation() -> None:
 def test_files_are_short() -> None:
     sources = [
         file
-        for folder in ("cuattn", "kernels_cu", "tests", "bench")
+        for folder in ("cuattn", "kernels_cu", "tests", "bench", "examples")
         for suffix in ("py", "cuh", "h", "hpp", "cpp")
         for file in (ROOT / folder).rglob(f"*.{suffix}")
     ]
