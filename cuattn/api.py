@@ -1,11 +1,8 @@
 """`cuattn.attention` and `cuattn.attention_varlen`."""
 
-from functools import partial
 from typing import Any
 
-from cuattn import dispatch
-from cuattn.checks import check_attention, check_varlen, output_of
-from cuattn.results import fill
+from cuattn import calls
 
 
 def attention(
@@ -56,8 +53,15 @@ def attention(
     Raises ValueError or TypeError for wrong arguments, before anything is launched; MissingDependencyError where a
     package is missing; NotImplementedError for a GPU that no kernel exists for.
     """
-    problem = check_attention(q, k, v, mask, scale, key_padding_mask, layout, num_splits, kv_lengths)
-    return fill(output_of(problem), partial(dispatch.execute, problem), out, return_lse)
+    if hasattr(q, "requires_grad"):  # a tensor of torch, which may have to see the operator
+        import cuattn.autograd as autograd
+
+        q, k, v = autograd.cast(q, k, v)
+        if autograd.is_needed(q, k, v, key_padding_mask, kv_lengths):
+            return autograd.attention(
+                q, k, v, mask, scale, key_padding_mask, return_lse, layout, out, num_splits, kv_lengths
+            )
+    return calls.attention(q, k, v, mask, scale, key_padding_mask, layout, num_splits, kv_lengths, out, return_lse)
 
 
 def attention_varlen(
@@ -92,5 +96,15 @@ def attention_varlen(
 
     Guarantee: every row has the bits that `attention` gives for its sequence alone. Errors as in `attention`.
     """
-    problem = check_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, mask, max_seqlen_q, max_seqlen_k, scale, num_splits)
-    return fill(output_of(problem), partial(dispatch.execute, problem), out, return_lse)
+    if hasattr(q, "requires_grad"):
+        import cuattn.autograd as autograd
+
+        q, k, v = autograd.cast(q, k, v)
+        if autograd.is_needed(q, k, v, cu_seqlens_q, cu_seqlens_k):
+            bounds = max_seqlen_q, max_seqlen_k
+            return autograd.attention_varlen(
+                q, k, v, cu_seqlens_q, cu_seqlens_k, mask, *bounds, scale, return_lse, out, num_splits
+            )
+    return calls.attention_varlen(
+        *(q, k, v, cu_seqlens_q, cu_seqlens_k, mask, max_seqlen_q, max_seqlen_k, scale, num_splits, out, return_lse)
+    )

@@ -1,13 +1,9 @@
 """`cuattn.attention_kvcache` and `cuattn.append_kv`: keys and values that grow in place, contiguous or in pages."""
 
-from functools import partial
 from typing import Any
 
-from cuattn import backend, dispatch
-from cuattn.checks import check_append, check_kvcache, output_of
-from cuattn.interop import Tensor
-from cuattn.problem import Append, Sequences
-from cuattn.results import fill
+from cuattn import backend, calls
+from cuattn.checks import check_append
 
 
 def attention_kvcache(
@@ -64,7 +60,7 @@ def attention_kvcache(
 
     Raises ValueError or TypeError for wrong arguments, before anything is launched or written; others as `attention`.
     """
-    problem = check_kvcache(
+    return calls.attention_kvcache(
         q,
         k_cache,
         v_cache,
@@ -78,14 +74,9 @@ def attention_kvcache(
         num_splits,
         layout,
         check,
+        out,
+        return_lse,
     )
-    result = fill(output_of(problem, "k_cache", "v_cache"), partial(dispatch.execute, problem), out, return_lse)
-    if problem.append is not None and problem.sequences is not None:
-        if problem.query_heads == 0:  # nothing attends, so nothing has been written yet
-            _append(problem.append, problem.sequences, problem.key, problem.value)
-        for cache in (problem.key, problem.value):
-            cache.framework.written(cache)
-    return result
 
 
 def append_kv(
@@ -114,11 +105,4 @@ def append_kv(
     """
     call = check_append(k_new, v_new, k_cache, v_cache, cache_lengths, block_table, cu_seqlens, layout, check)
     backend.active().for_device(call.key.device, "k_new")
-    _append(call.append, call.sequences, call.key, call.value)
-    for cache in (call.key, call.value):
-        cache.framework.written(cache)
-
-
-def _append(append: Append, sequences: Sequences, key: Tensor, value: Tensor) -> None:
-    if 0 not in append.key.shape:
-        dispatch.execute_append(append, sequences, key, value)
+    calls.append(call.append, call.sequences, call.key, call.value)

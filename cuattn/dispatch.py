@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from cuattn import backend as backends
-from cuattn import emulator, reference
+from cuattn import emulator, reference, replay
 from cuattn.backend import Backend
 from cuattn.backward import plan_backward
 from cuattn.interop import Tensor
@@ -85,6 +85,7 @@ def _allocator(like: Tensor) -> Allocate:
 
 
 def _run(backend: Backend, launches: list[Launch], like: Tensor) -> None:
+    replay.note(launches)
     if backend.name == "emulator":
         emulator.run(launches)
         return

@@ -2,9 +2,7 @@
 
 from typing import Any
 
-from cuattn import backend, dispatch
-from cuattn.checks import check_attention, check_upstream, check_varlen, gradient_shapes
-from cuattn.problem import Gradients, Problem, Upstream, in_kernel_axes
+from cuattn import calls
 
 
 def attention_backward(
@@ -42,8 +40,14 @@ def attention_backward(
 
     Raises ValueError or TypeError for wrong arguments, before anything is launched; others as `attention`.
     """
-    problem = check_attention(q, k, v, mask, scale, key_padding_mask, layout, None, kv_lengths)
-    return _gradients(problem, check_upstream(problem, dout, out, lse, dlse))
+    if hasattr(q, "requires_grad"):  # as in `attention`
+        import cuattn.autograd as autograd
+
+        if autograd.is_needed(q, k, v, dout, out, lse, dlse, key_padding_mask, kv_lengths):
+            return autograd.attention_backward(
+                dout, q, k, v, out, lse, mask, scale, key_padding_mask, dlse, layout, kv_lengths
+            )
+    return calls.attention_backward(dout, q, k, v, out, lse, dlse, mask, scale, key_padding_mask, layout, kv_lengths)
 
 
 def attention_varlen_backward(
@@ -67,15 +71,14 @@ def attention_varlen_backward(
     The other arguments are those of `attention_varlen` and `attention_backward`, and so are results, guarantee and
     errors: every sequence has the gradients that `attention_backward` gives for it alone.
     """
-    problem = check_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, mask, max_seqlen_q, max_seqlen_k, scale, None)
-    return _gradients(problem, check_upstream(problem, dout, out, lse, dlse))
+    if hasattr(q, "requires_grad"):
+        import cuattn.autograd as autograd
 
-
-def _gradients(problem: Problem, upstream: Upstream) -> tuple[Any, Any, Any]:
-    like = problem.query
-    framework = like.framework
-    backend.active().for_device(like.device)  # refuses before anything is allocated
-    made = [framework.empty(shape, like.dtype, like.device, like) for shape in gradient_shapes(problem)]
-    dispatch.execute_backward(problem, upstream, Gradients(*(in_kernel_axes(x, problem.layout) for x in made)))
-    dq, dk, dv = (framework.export(x, like) for x in made)
-    return dq, dk, dv
+        if autograd.is_needed(q, k, v, dout, out, lse, dlse, cu_seqlens_q, cu_seqlens_k):
+            bounds = max_seqlen_q, max_seqlen_k
+            return autograd.attention_varlen_backward(
+                dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, mask, *bounds, scale, dlse
+            )
+    return calls.attention_varlen_backward(
+        dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, mask, max_seqlen_q, max_seqlen_k, scale
+    )

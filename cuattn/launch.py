@@ -5,25 +5,38 @@ import functools
 import threading
 from typing import Any
 
-import numpy as np
-
 from cuattn.config import KernelConfig
 from cuattn.devices import device_architecture, device_count, import_cupy, processor_count
 from cuattn.jit import check_driver, cubin_path
 
-__all__ = ["device_architecture", "device_count", "launch_kernel", "processor_count"]
+__all__ = ["device_architecture", "device_count", "launch_kernel", "loaded", "processor_count"]
 
 _load_lock = threading.Lock()
 
 
-class _RawStream:
-    """A raw cudaStream_t as an object of the CUDA stream protocol."""
+class Kernel:
+    """A kernel that is loaded to a device."""
 
-    def __init__(self, stream: int) -> None:
-        self.stream = stream
+    def __init__(self, config: KernelConfig, function: Any) -> None:
+        self._function = function  # keeps it loaded
+        self._handle = function.kernel.ptr
+        self._threads, self._shared_bytes = config.threads, config.shared_bytes
+        self._launch = _driver().launchKernel
 
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self.stream
+    def launch(self, grid: int, argument: bytearray, stream: int) -> None:
+        """Launches at least one block on a raw stream of the kernel's device, the thread's current one."""
+        # the driver reads the argument through a list of pointers, before the call returns
+        memory = (ctypes.c_char * len(argument)).from_buffer(argument)
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(memory))
+        self._launch(
+            *(self._handle, grid, 1, 1, self._threads, 1, 1, self._shared_bytes, stream, ctypes.addressof(pointers), 0)
+        )
+
+
+def _driver() -> Any:
+    from cupy.cuda import driver
+
+    return driver
 
 
 def launch_kernel(config: KernelConfig, grid: int, params: ctypes.Structure, device_index: int, stream: int) -> None:
@@ -36,20 +49,20 @@ def launch_kernel(config: KernelConfig, grid: int, params: ctypes.Structure, dev
     Raises CompileError and MissingDependencyError from the first launch.
     """
     if grid == 0:
-        return  # CuPy would launch one block
-    cupy = import_cupy()
-    with cupy.cuda.Device(device_index):
-        with _load_lock:
-            kernel = _load(config, device_index)
-        with cupy.cuda.Stream.from_external(_RawStream(stream)):
-            argument = np.frombuffer(bytes(params), dtype=f"V{ctypes.sizeof(params)}")  # one element: by value
-            kernel((grid,), (config.threads,), (argument,), shared_mem=config.shared_bytes)
+        return  # an error to the driver
+    with import_cupy().cuda.Device(device_index):
+        loaded(config, device_index).launch(grid, bytearray(params), stream)
+
+
+def loaded(config: KernelConfig, device_index: int) -> Kernel:
+    """The kernel, compiled and loaded the first time; the device must be the current one."""
+    with _load_lock:
+        return _load(config, device_index)
 
 
 @functools.cache
-def _load(config: KernelConfig, device_index: int) -> Any:
-    """The kernel, loaded to the device ``device_index``, which must be the current one."""
+def _load(config: KernelConfig, device_index: int) -> Kernel:
     check_driver()
-    kernel = import_cupy().RawModule(path=str(cubin_path(config))).get_function(config.kernel)
-    kernel.max_dynamic_shared_size_bytes = config.shared_bytes  # needed above 48 KB; this also loads the kernel now
-    return kernel
+    function = import_cupy().RawModule(path=str(cubin_path(config))).get_function(config.kernel)
+    function.max_dynamic_shared_size_bytes = config.shared_bytes  # needed above 48 KB; this also loads the kernel now
+    return Kernel(config, function)

@@ -1,12 +1,13 @@
 """Results: made beside the inputs or the caller's own, filled, and handed back in the caller's library."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from cuattn import backend
-from cuattn.checks import Output, check_out
+from cuattn import backend, dispatch
+from cuattn.checks import Output, check_out, gradient_shapes, output_of
 from cuattn.interop import Tensor
-from cuattn.problem import in_kernel_axes
+from cuattn.problem import Gradients, Problem, Upstream, in_kernel_axes
 
 
 def fill(output: Output, compute: Callable[[Tensor, Tensor], None], out: Any, return_lse: bool) -> Any:
@@ -30,3 +31,19 @@ def fill(output: Output, compute: Callable[[Tensor, Tensor], None], out: Any, re
     if out is None:
         out = framework.export(made, like)
     return (out, framework.export(lse, like)) if return_lse else out
+
+
+def attend(problem: Problem, out: Any, return_lse: bool) -> Any:
+    """The results of attention, as of `fill`."""
+    return fill(output_of(problem), partial(dispatch.execute, problem), out, return_lse)
+
+
+def differentiate(problem: Problem, upstream: Upstream) -> tuple[Any, Any, Any]:
+    """The gradients of the queries, the keys and the values, each C-contiguous in the caller's layout."""
+    like = problem.query
+    framework = like.framework
+    backend.active().for_device(like.device)  # refuses before anything is allocated
+    made = [framework.empty(shape, like.dtype, like.device, like) for shape in gradient_shapes(problem)]
+    dispatch.execute_backward(problem, upstream, Gradients(*(in_kernel_axes(x, problem.layout) for x in made)))
+    dq, dk, dv = (framework.export(x, like) for x in made)
+    return dq, dk, dv

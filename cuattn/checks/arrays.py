@@ -32,10 +32,14 @@ def import_array(name: str, array: object, letters: str, first: Named | None = N
         if tensor.dtype != first.tensor.dtype:
             raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {first.name}'s {first.tensor.dtype}")
         check_place(name, tensor, first)
-    rank = letters.count(",") + 1
-    if len(tensor.shape) != rank:
-        raise ValueError(f"{name}: got shape {tensor.shape}, expected {rank} dimensions ({letters})")
+    check_rank(name, tensor.shape, letters)
     return tensor
+
+
+def check_rank(name: str, shape: tuple[int, ...], letters: str) -> None:
+    rank = letters.count(",") + 1
+    if len(shape) != rank:
+        raise ValueError(f"{name}: got shape {shape}, expected {rank} dimensions ({letters})")
 
 
 def check_place(name: str, tensor: Tensor, first: Named) -> None:

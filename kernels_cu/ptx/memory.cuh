@@ -58,10 +58,11 @@ __device__ __forceinline__ void store_shared_u32(u32 to, u32 x) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(x) : "memory");
 }
 
-// Memory that nobody writes to while the kernel runs: the compiler may move the load.
+// Memory that nobody writes to while the kernel runs. Volatile: the compiler takes other asm for free of effects, and
+// moves it out of the condition that says whether there is such memory.
 __device__ __forceinline__ int load_global_s32(const int* from) {
     int x;
-    asm("ld.global.nc.s32 %0, [%1];" : "=r"(x) : "l"(from));
+    asm volatile("ld.global.nc.s32 %0, [%1];" : "=r"(x) : "l"(from));
     return x;
 }
 

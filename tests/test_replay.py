@@ -1,0 +1,235 @@
+"""Remembered calls: what is launched again is what would be planned anew, and what differs is noticed."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import cuattn
+from cuattn import dispatch, replay
+from cuattn.config import KernelConfig
+from cuattn.schedule import Launch
+
+
+class Launched(NamedTuple):
+    config: KernelConfig
+    grid: int
+    argument: bytes
+    stream: int
+
+
+class Stub:
+    """In the place of a loaded kernel."""
+
+    def __init__(self, config: KernelConfig, launched: list[Launched]) -> None:
+        self.config, self.launched = config, launched
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stub) and self.config == other.config
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def launch(self, grid: int, argument: bytearray, stream: int) -> None:
+        self.launched.append(Launched(self.config, grid, bytes(argument), stream))
+
+
+class Machine:
+    """A GPU that computes nothing: ``planned`` are launches of ordinary calls, ``launched`` those of the others."""
+
+    def __init__(self) -> None:
+        self.planned: list[Launch] = []
+        self.launched: list[Launched] = []
+
+    def run(self, launches: Sequence[Launch]) -> None:
+        self.planned += launches
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    made = Machine()
+    monkeypatch.setattr(replay, "DEVICES", ("cpu",))
+    monkeypatch.setattr(replay, "BACKENDS", ("emulator",))
+    monkeypatch.setattr(replay, "_current_device", lambda: None)
+    monkeypatch.setattr(replay, "_stream", lambda index: 7)
+    monkeypatch.setattr(replay, "_bind", lambda index: None)
+    monkeypatch.setattr(replay, "loaded", lambda config, index: Stub(config, made.launched))
+    monkeypatch.setattr(dispatch.emulator, "run", made.run)
+    replay.forget()
+    with cuattn.use_backend("emulator", "sm_90a"):
+        yield made
+    replay.forget()
+
+
+def normal(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float16)
+
+
+def qkv(rows: int = 70, keys: int = 700) -> tuple[torch.Tensor, ...]:
+    return normal(2, 4, rows, 64), normal(2, 2, keys, 64), normal(2, 2, keys, 64)
+
+
+def padded() -> Any:
+    return cuattn.attention(*qkv(), "causal", key_padding_mask=torch.rand(2, 700) < 0.5)
+
+
+def lengths() -> Any:
+    return cuattn.attention(*qkv(), kv_lengths=torch.tensor([3, 700], dtype=torch.int32), return_lse=True)
+
+
+def packed() -> Any:
+    starts = (torch.tensor([0, 30, 70], dtype=torch.int32), torch.tensor([0, 200, 700], dtype=torch.int32))
+    return cuattn.attention_varlen(normal(70, 4, 64), normal(700, 2, 64), normal(700, 2, 64), *starts, "causal")
+
+
+def cached() -> Any:
+    caches = normal(9, 16, 2, 64), normal(9, 16, 2, 64)
+    table = torch.tensor([[7, 0], [4, 2]], dtype=torch.int32)
+    new = normal(2, 1, 2, 64), normal(2, 1, 2, 64)
+    numbers = torch.tensor([5, 20], dtype=torch.int32)
+    versions = [x._version for x in caches]
+    out = cuattn.attention_kvcache(normal(2, 1, 4, 64), *caches, numbers, block_table=table, k_new=new[0], v_new=new[1])
+    assert all(x._version > before for x, before in zip(caches, versions, strict=True))
+    return out
+
+
+def gradients() -> Any:
+    arrays = qkv()
+    return cuattn.attention_backward(
+        normal(2, 4, 70, 64), *arrays, normal(2, 4, 70, 64), torch.randn(2, 4, 70), "causal", dlse=torch.randn(2, 4, 70)
+    )
+
+
+def packed_gradients() -> Any:
+    starts = (torch.tensor([0, 30, 70], dtype=torch.int32), torch.tensor([0, 200, 700], dtype=torch.int32))
+    arrays = normal(70, 4, 64), normal(700, 2, 64), normal(700, 2, 64)
+    return cuattn.attention_varlen_backward(normal(70, 4, 64), *arrays, normal(70, 4, 64), torch.randn(4, 70), *starts)
+
+
+CALLS: dict[str, Callable[[], Any]] = {
+    "many rows": lambda: cuattn.attention(*qkv(), "causal"),
+    "few rows": lambda: cuattn.attention(*qkv(1, 3000), scale=-0.5, return_lse=True),
+    "splits": lambda: cuattn.attention(*qkv(), num_splits=3),
+    "padded": padded,
+    "lengths": lengths,
+    "packed": packed,
+    "cached": cached,
+    "gradients": gradients,
+    "packed gradients": packed_gradients,
+}
+
+
+def remembered() -> replay._Call:
+    (only,) = replay._remembered.values()
+    return only
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_of_the_same_form_is_launched_as_planned(machine: Machine, name: str) -> None:
+    first = CALLS[name]()
+    planned, known = machine.planned.copy(), remembered()
+    second = CALLS[name]()
+    assert machine.planned == planned, "the second call is not planned"
+    assert [(x.config, x.grid, x.stream) for x in machine.launched] == [(x.config, x.grid, 7) for x in planned]
+    for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (first, second)), strict=True):
+        assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+    replay.forget()
+    CALLS[name]()
+    assert remembered() == known, "planned anew for other arrays, it is the same but for their addresses"
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_pointer_is_that_of_the_call(machine: Machine, name: str) -> None:
+    CALLS[name]()
+    known = remembered()
+    given = len(known.spans)
+    arrays = tuple(torch.zeros(1) if span else None for span in known.spans)
+    known.run(arrays)
+    for launch, prepared in zip(machine.launched, known.launches, strict=True):
+        rest = bytearray(launch.argument)
+        for place, number in prepared.pointers:
+            pointer = int.from_bytes(launch.argument[place : place + 8], "little")
+            assert pointer != 0
+            if number < given:
+                assert pointer == arrays[number].data_ptr()
+            rest[place : place + 8] = bytes(8)
+        assert rest == prepared.argument
+
+
+def test_another_form_is_another_call(machine: Machine) -> None:
+    q, k, v = qkv()
+    calls = [
+        lambda: cuattn.attention(q, k, v),
+        lambda: cuattn.attention(q, k, v, "causal"),
+        lambda: cuattn.attention(q, k, v, scale=1),
+        lambda: cuattn.attention(q, k, v, scale=1.0),
+        lambda: cuattn.attention(q, k, v, return_lse=True),
+        lambda: cuattn.attention(q[:1], k[:1], v[:1]),
+        lambda: cuattn.attention(q, k[:, :, ::2], v[:, :, ::2]),
+        lambda: cuattn.attention(q.bfloat16(), k.bfloat16(), v.bfloat16()),
+        lambda: cuattn.attention(q, k, v, num_splits=1),
+    ]
+    for number, one in enumerate(calls):
+        one()
+        assert len(replay._remembered) == number + 1
+    assert machine.launched == []
+    with pytest.raises(TypeError, match="num_splits: got bool"):
+        cuattn.attention(q, k, v, num_splits=True)  # which equals 1
+
+
+def test_what_a_remembered_call_cannot_know_is_checked_again(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = qkv()
+    cuattn.attention(q, k, v)
+    planned = len(machine.planned)
+    monkeypatch.setenv("CUATTN_CHECK", "1")
+    cuattn.attention(q, k, v)
+    monkeypatch.delenv("CUATTN_CHECK")
+    cuattn.attention(q, k, k)
+    cuattn.attention(torch.nn.Parameter(q, requires_grad=False), k, v)
+    with pytest.raises(ValueError, match=r"q: got memory at a multiple of 2 bytes"):
+        cuattn.attention(torch.zeros(q.numel() + 1, dtype=q.dtype)[1:].view(q.shape), k, v)
+    assert len(machine.planned) == 4 * planned
+    cuattn.attention(q, k, v)
+    assert len(machine.planned) == 4 * planned
+
+
+def test_caches_that_overlap_are_refused_each_time(machine: Machine) -> None:
+    numbers = torch.tensor([5], dtype=torch.int32)
+    memory = normal(3, 64, 2, 64)
+    q, new = normal(1, 1, 4, 64), (normal(1, 1, 2, 64), normal(1, 1, 2, 64))
+    for _ in range(2):
+        cuattn.attention_kvcache(q, memory[:1], memory[1:2], numbers, k_new=new[0], v_new=new[1])
+    assert machine.launched
+    overlapping = memory.view(-1)[64 * 2 * 64 - 128 :][: 64 * 2 * 64].view(1, 64, 2, 64)
+    with pytest.raises(ValueError, match="got the memory of"):
+        cuattn.attention_kvcache(q, memory[:1], overlapping, numbers, k_new=new[0], v_new=new[1])
+
+
+def test_memory_is_bounded(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "LARGEST_MEMORY", 2)
+    for rows in (65, 66, 67):
+        cuattn.attention(*qkv(rows))
+    assert len(replay._remembered) == 1
+
+
+@pytest.mark.gpu
+def test_on_a_device_remembered_calls_have_the_same_bits() -> None:
+    q, k, v, dout = (torch.randn(2, 4, 130, 64, dtype=torch.bfloat16, device="cuda") for _ in range(4))
+    replay.forget()
+
+    def step() -> tuple[torch.Tensor, ...]:
+        out, lse = cuattn.attention(q, k, v, "causal", return_lse=True)
+        return out, lse, *cuattn.attention_backward(dout, q, k, v, out, lse, "causal")
+
+    first = step()
+    assert len(replay._remembered) == 2
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+        second = step()
+        torch.cuda.current_stream().synchronize()
+    assert len(replay._remembered) == 2
+    for a, b in zip(first, second, strict=True):
+        cuattn.testing.assert_bitwise_equal(a, b)
+    q.add_(1)
+    with pytest.raises(cuattn.testing.BitwiseMismatch):  # the control
+        cuattn.testing.assert_bitwise_equal(step()[0], first[0])
