@@ -2,7 +2,7 @@
 
 from typing import NamedTuple, Protocol
 
-from planted_problems import Appending, FewRows, ManyRows, Scanning
+from planted_problems import Appending, Backward, FewRows, ManyRows, Scanning
 
 
 class Runnable(Protocol):
@@ -22,7 +22,10 @@ class Bug(NamedTuple):
 FORWARD, EPILOGUE, SOFTMAX = "forward_sm80.cuh", "attn/epilogue.cuh", "attn/softmax.cuh"
 COLUMNS, COMBINE = "forward_columns.cuh", "combine.cuh"
 PLACES, WORK = "attn/places.cuh", "attn/work.cuh"
-APPEND, SCAN = "append_kv.cuh", "scan_mask.cuh"
+APPEND, SCAN, COMPACTION = "append_kv.cuh", "scan_mask.cuh", "attn/compaction.cuh"
+KEYS, QUERIES, ROWS, COMPACT = (
+    *("backward_keys.cuh", "backward_queries.cuh", "backward_rows.cuh", "compact_rows.cuh"),
+)
 STORE_ROW = "ptx::store_global_u32x4(row_out + row * stride + unit * 8,"
 KERNEL_START = "SharedMemory& shared = *static_cast<SharedMemory*>(ptx::dynamic_shared());"
 STORE_PAIR = "                store_pair<float32, bfloat16>(params.out, start + column"
@@ -145,9 +148,13 @@ BUGS = {
         "[kv]_cache has been written there before",
         Appending(),
     ),
-    "no barrier among the warps that count": Bug(SCAN, "__syncthreads();", "", UNORDERED, Scanning()),
+    "no barrier among the warps that count": Bug(COMPACTION, "__syncthreads();", "", UNORDERED, Scanning()),
     "counts that are overwritten too early": Bug(
-        SCAN, "buffer ^= 1", "buffer ^= 0", "shared (load|store) .* race with a (read|write) by thread", Scanning()
+        COMPACTION,
+        "buffer ^= 1",
+        "buffer ^= 0",
+        "shared (load|store) .* race with a (read|write) by thread",
+        Scanning(),
     ),
     "no barrier between a block's groups": Bug(
         COLUMNS,
@@ -219,9 +226,49 @@ BUGS = {
     ),
     "keys that do not exist": Bug(
         SCAN,
-        "mask + key * params.token_stride) != 0",
-        "mask + key * params.token_stride) < 2",
+        "mask + place * params.token_stride) != 0",
+        "mask + place * params.token_stride) < 2",
         None,
         FewRows(padded=True),
+    ),
+    "no barrier between steps of rows": Bug(
+        KEYS,
+        "            __syncthreads();  // this step's rows",
+        "            // this step's rows",
+        UNORDERED,
+        Backward(),
+    ),
+    "rows are copied before their records are there": Bug(
+        KEYS,
+        "        ptx::cp_async_wait<0>();\n        __syncthreads();\n        load_step();",
+        "        load_step();",
+        UNORDERED,
+        Backward(),
+    ),
+    "scores are read before they are there": Bug(
+        KEYS,
+        "            turn_ ^= 1;\n            __syncthreads();",
+        "            turn_ ^= 1;",
+        UNORDERED,
+        Backward(head_dim=192),
+    ),
+    "one room for scores": Bug(KEYS, "turn_ ^= 1;", "turn_ ^= 0;", UNORDERED, Backward(head_dim=192)),
+    "groups of rows start anywhere": Bug(KEYS, "last_without / 16 * 16", "last_without", None, Backward(len_q=110)),
+    "places without a key are forgotten": Bug(
+        KEYS,
+        "            if (is_key) continue;",
+        "            continue;",
+        "dk: .* elements were not written",
+        Backward(),
+    ),
+    "rows that do not contribute are counted": Bug(
+        COMPACT, "&params.rows[start + row].visible) > 0;", "&params.rows[start + row].visible) >= 0;", None, Backward()
+    ),
+    "a dlse that is forgotten": Bug(ROWS, "sum = __fsub_rn(sum, dlse);", "", None, Backward()),
+    "no barrier between steps of keys": Bug(
+        QUERIES, "        __syncthreads();  // this step's keys", "        // this step's keys", UNORDERED, Backward()
+    ),
+    "gradients of rows behind the end": Bug(
+        QUERIES, "        if (number >= end.query_length) continue;\n", "", "global store", Backward()
     ),
 }

@@ -9,10 +9,12 @@ import torch
 from problems import int32, qkv, tensor
 from small_kernels import TARGET, cache, random_mask, scan
 
+import cuattn
 from cuattn import emulator
-from cuattn.checks import check_attention
+from cuattn.backward import plan_backward
+from cuattn.checks import check_attention, check_upstream
 from cuattn.interop import Tensor, import_tensor
-from cuattn.problem import PACKED, Problem, Sequences
+from cuattn.problem import PACKED, Gradients, Problem, Sequences
 from cuattn.schedule import plan_forward
 from cuattn.testing.arrays import Bits, poison
 
@@ -92,6 +94,40 @@ class FewRows:
         outputs = tensor(out, self.dtype), tensor(lse, "float32")
         emulator.run(plan_forward(problem, *outputs, TARGET, allocate), schedule, seed)
         return out, lse
+
+
+@dataclass(frozen=True)
+class Backward:
+    """Gradients of two query heads that share a key head; some keys do not exist, some rows do not contribute."""
+
+    len_q: int = 100
+    len_k: int = 150
+    head_dim: int = 64
+    arch: str = "sm_80"
+
+    def run(self, schedule: str = "ascending", seed: int = 1) -> tuple[Bits, Bits, Bits]:
+        """Bits of the gradients of keys, values and queries."""
+        q, k, v = (
+            x[:, :heads]
+            for x, heads in zip(qkv(1, self.len_q, self.len_k, "float16", self.head_dim), (2, 1, 1), strict=True)
+        )
+        padding = random_mask(self.len_k, 1)
+        arrays = [x.view(np.float16) for x in (q, k, v)]
+        out, lse = cuattn.attention(*arrays, "causal", key_padding_mask=padding, return_lse=True)
+        dout = np.roll(out, 1, axis=2)
+        dout[:, :, 30:47] = 0
+        problem = check_attention(*arrays, "causal", None, padding, "bhsd", None)
+        dlse = np.where((dout == 0).all(axis=3), np.float32(0), np.cos(lse))
+        gradients = [poison(x.shape, 2) for x in (q, k, v)]
+        launches = plan_backward(
+            problem,
+            check_upstream(problem, dout, out, lse, dlse),
+            Gradients(*(tensor(x, "float16") for x in gradients)),
+            replace(TARGET, arch=self.arch),
+            allocate,
+        )
+        emulator.run(launches, schedule, seed)
+        return gradients[1], gradients[2], gradients[0]
 
 
 def in_pages(bits: Bits, page_size: int) -> Bits:
