@@ -45,6 +45,12 @@ def attention_on(backend: tuple[str, str | None]) -> Operation:
     return cuattn.testing.with_shards(attention, partials, combine, cuattn.chunk_starts)
 
 
+def gradients_on(backend: tuple[str, str | None]) -> Operation:
+    """All ways to ask cuattn for gradients, on one backend."""
+    dense, varlen = (on_backend(f, backend) for f in (cuattn.attention_backward, cuattn.attention_varlen_backward))
+    return cuattn.testing.with_packed_gradients(dense, varlen)
+
+
 def backend_params(*backends: tuple[str, str | None]) -> list[Any]:
     """Parameters for `parametrize`, named "reference", "emulator-sm_80" and so on."""
     return [pytest.param(attention_on(b), id="-".join(filter(None, b))) for b in backends]

@@ -17,9 +17,10 @@ from cuattn.cli.report import counted
 from cuattn.config import ForwardConfig
 from cuattn.errors import CompileError, MissingDependencyError
 from cuattn.jit import Precompiled
-from cuattn.testing import CHECKS, Case, CupyLibrary, NumpyLibrary, TorchLibrary
+from cuattn.testing import CHECKS, GRADIENT_CHECKS, Case, CupyLibrary, NumpyLibrary, TorchLibrary
 
 SWEEP_CASES = [Case(17, 80, batch=2, heads=4, kv_heads=2)]
+ALL_CHECKS = (*CHECKS, *GRADIENT_CHECKS)
 ACCURACY_CASES = [
     Case(16, 128),
     Case(16, 128, dtype="bfloat16", family="peaked 8"),
@@ -38,7 +39,8 @@ def _no_gpu_and_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def few_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "standard_cases", lambda **variants: iter(SWEEP_CASES))
-    monkeypatch.setattr(check, "accuracy_cases", lambda **variants: iter(ACCURACY_CASES))
+    for name in ("accuracy_cases", "gradient_accuracy_cases"):
+        monkeypatch.setattr(check, name, lambda **variants: iter(ACCURACY_CASES))
 
 
 def usage_error(*argv: str) -> None:
@@ -54,9 +56,9 @@ class TestCheck:
         assert main(["check", "--library", library]) == 0
         text = capsys.readouterr().out
         assert f"cuattn {cuattn.__version__}: backend reference, {library} arrays on cpu" in text
-        checks = len(CHECKS)
+        checks = len(ALL_CHECKS)
         assert f"invariance: {checks} of {checks} trials passed\n" in text
-        assert "accuracy: 3 of 3 cases passed\n" in text
+        assert "\naccuracy: 3 of 3 cases passed\naccuracy of gradients: 3 of 3 cases passed\n" in text
         assert text.endswith(f"negative control: {checks} of {checks} checks failed as they must\n")
 
     @pytest.mark.usefixtures("few_cases")
@@ -64,8 +66,14 @@ class TestCheck:
         def without_keywords(*args: Any, scale: float | None = None, return_lse: bool = False) -> Any:
             return cuattn.attention(*args, scale=scale, return_lse=return_lse)
 
+        def gradients_without_keywords(*args: Any, scale: float | None = None, dlse: Any = None) -> Any:
+            return cuattn.attention_backward(*args, scale=scale, dlse=dlse)
+
         monkeypatch.setattr(check, "attention", without_keywords)  # whose checks need more kernels
-        monkeypatch.setattr(check, "accuracy_cases", lambda **variants: iter(ACCURACY_CASES[:1]))
+        monkeypatch.setattr(check, "gradients", gradients_without_keywords)
+        monkeypatch.setattr(check, "GRADIENT_CHECKS", GRADIENT_CHECKS[:3])
+        for name in ("accuracy_cases", "gradient_accuracy_cases"):
+            monkeypatch.setattr(check, name, lambda **variants: iter(ACCURACY_CASES[:1]))
         assert main(["check", "--backend", "emulator", "--arch", "sm_90a"]) == 0
         assert "backend emulator sm_90a, " in capsys.readouterr().out
 
@@ -78,11 +86,15 @@ class TestCheck:
         assert report["passed"] is True
         assert (report["backend"], report["arch"], report["device"]) == ("reference", None, "cpu")
         assert report["versions"]["contract"] == str(cuattn.CONTRACT_VERSION)
-        assert len(report["invariance"]) == 2 * len(CHECKS)
-        assert {entry["check"] for entry in report["invariance"] if entry["control"]} == {c.name for c in CHECKS}
+        assert len(report["invariance"]) == 2 * len(ALL_CHECKS)
+        assert {entry["check"] for entry in report["invariance"] if entry["control"]} == {c.name for c in ALL_CHECKS}
         assert report["invariance"][0]["case"]["len_k"] == 80
         assert [entry["case"]["family"] for entry in report["accuracy"]] == ["normal", "peaked 8", "normal"]
         assert all(0 < entry["error"] < 1 and entry["passed"] for entry in report["accuracy"])
+        assert [entry["case"] for entry in report["gradient_accuracy"]] == [x["case"] for x in report["accuracy"]]
+        for entry in report["gradient_accuracy"]:
+            assert entry["passed"]
+            assert all(0 < entry[x]["error"] < 1 and 0 < entry[x]["ratio"] < 2 for x in ("dq", "dk", "dv"))
 
     @pytest.mark.usefixtures("few_cases")
     def test_bits_that_move_are_a_failure(
@@ -100,6 +112,26 @@ class TestCheck:
         assert all("elements differ, first at" in entry["detail"] for entry in failed)
 
     @pytest.mark.usefixtures("few_cases")
+    def test_gradients_that_are_wrong_are_a_failure(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def by_batch(*args: Any, scale: float | None = None) -> Any:
+            dq, dk, dv = cuattn.attention_backward(*args, scale=scale)
+            return dq, (dk * (1 + len(dq) / 64)).astype(dk.dtype), dv
+
+        monkeypatch.setattr(check, "gradients", by_batch)
+        assert main(["check", "--json", "-"]) == 1
+        out, text = capsys.readouterr()
+        case = "float16 d64 causal 2x4/2x17x80"
+        assert f"gradients: sequences alone, {case}: sequence 0 alone against batch 2: dk: " in text
+        assert "accuracy of gradients, float16 d64 causal 1x1/1x16x128: dk: relative L2 error 0.015" in text
+        assert "\naccuracy: 3 of 3 cases passed\naccuracy of gradients: 0 of 3 cases passed\n" in text
+        report = json.loads(out)
+        failed = {entry["check"] for entry in report["invariance"] if not entry["passed"]}
+        assert failed == {f"gradients: {name}" for name in ("sequences alone", "batch size", "neighbours")}
+        assert [entry["passed"] for entry in report["gradient_accuracy"]] == [False] * 3
+
+    @pytest.mark.usefixtures("few_cases")
     def test_a_harmless_control_is_a_failure(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -107,8 +139,9 @@ class TestCheck:
         monkeypatch.setattr(check, "attention", with_keywords)
         assert main(["check"]) == 1
         text = capsys.readouterr().out
-        assert f"invariance: {len(CHECKS)} of {len(CHECKS)} trials passed" in text
-        assert f"negative control: 1 of {len(CHECKS)} checks failed as they must" in text
+        checks, harmful = len(ALL_CHECKS), len(GRADIENT_CHECKS) + 1
+        assert f"invariance: {checks} of {checks} trials passed" in text
+        assert f"negative control: {harmful} of {checks} checks failed as they must" in text
         assert "more failures" in text
         assert "negative control of batch size, float16" in text
         assert text.count(": a non-invariant operation passed\n") == check.SHOWN_FAILURES
@@ -127,6 +160,8 @@ class TestCheck:
         report = json.loads(out)
         assert report["accuracy"][0]["error"] is None  # NaN is no JSON
         assert report["accuracy"][0]["failures"] == ["RuntimeError: no"]
+        assert report["gradient_accuracy"][0]["dv"]["ratio"] is None
+        assert report["gradient_accuracy"][0]["failures"] == ["RuntimeError: no"]
 
     @pytest.mark.usefixtures("few_cases")
     @pytest.mark.parametrize("error", [CompileError("line 7"), MissingDependencyError("pip install 'cuattn[cuda13]'")])
@@ -187,7 +222,8 @@ class TestCheck:
     ) -> None:
         monkeypatch.setattr("cuattn.testing.arrays.installed", lambda package: False)
         monkeypatch.setattr(check, "standard_cases", lambda **variants: _remember(variants))
-        monkeypatch.setattr(check, "accuracy_cases", lambda **variants: iter(ACCURACY_CASES[:1]))
+        for name in ("accuracy_cases", "gradient_accuracy_cases"):
+            monkeypatch.setattr(check, name, lambda **variants: iter(ACCURACY_CASES[:1]))
         main(["check", "--quick", "--library", "numpy"])
         assert "without bfloat16, which numpy cannot hold: pip install ml_dtypes" in capsys.readouterr().out
         assert _remembered[-1] == {"size": "tiny", "dtypes": ("float16",), "head_dims": (64,)}
@@ -198,7 +234,8 @@ class TestCheck:
 
     def test_dtypes_can_be_chosen(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         monkeypatch.setattr(check, "standard_cases", lambda **variants: _remember(variants))
-        monkeypatch.setattr(check, "accuracy_cases", lambda **variants: iter(ACCURACY_CASES[2:]))
+        for name in ("accuracy_cases", "gradient_accuracy_cases"):
+            monkeypatch.setattr(check, name, lambda **variants: iter(ACCURACY_CASES[2:]))
         assert main(["check", "--dtype", "float32", "bfloat16"]) == 0
         assert _remembered[-1]["dtypes"] == ("float32", "bfloat16")
         assert "d64/32 full" in capsys.readouterr().out

@@ -10,9 +10,9 @@ from stand_ins import moving_chunks, row_by_row, with_keywords
 import cuattn
 from cuattn import testing
 from cuattn.errors import MissingDependencyError
-from cuattn.testing import CHECKS, BitwiseMismatch, Case, Check, Library, NumpyLibrary, Subject, TorchLibrary
-from cuattn.testing import controls as control_ops
+from cuattn.testing import CHECKS, BitwiseMismatch, Case, Check, Library, NumpyLibrary, Subject, TorchLibrary, seen
 from cuattn.testing.arrays import values_of
+from cuattn.testing.controls import depends_on
 from cuattn.testing.invariance import boundaries
 from cuattn.testing.sequences import spans
 
@@ -48,17 +48,17 @@ class TestChecks:
         np.testing.assert_allclose(values_of(result.lse, "float32"), values_of(expected.lse, "float32"), atol=1e-6)
 
     @pytest.mark.parametrize(
-        ("control", "blind"),
+        ("number", "blind"),
         [
-            ("depends_on_batch_size", ("batch position", "strides", "repeated runs", "head slices")),
-            ("depends_on_position", ("head slices", "mask type", "layout", "num_splits")),
-            ("depends_on_rows", ("batch size", "permutation", "repeated key heads", "repeated runs")),
-            ("depends_on_strides", ("batch size", "permutation", "num_splits", "decode against prefill")),
-            ("depends_on_garbage", ("strides", "batch size", "repeated runs", "unseen keys")),
+            ("batch_size", ("batch position", "strides", "repeated runs", "head slices")),
+            ("position", ("head slices", "mask type", "layout", "num_splits")),
+            ("rows", ("batch size", "permutation", "repeated key heads", "repeated runs")),
+            ("strides", ("batch size", "permutation", "num_splits", "decode against prefill")),
+            ("garbage", ("strides", "batch size", "repeated runs", "unseen keys")),
         ],
     )
-    def test_controls_depend_on_one_thing(self, control: str, blind: tuple[str, ...]) -> None:
-        op = getattr(control_ops, control)(with_keywords)
+    def test_controls_depend_on_one_thing(self, number: str, blind: tuple[str, ...]) -> None:
+        op = depends_on(getattr(seen, number))(with_keywords)
         for name in blind:
             _check(name).run(Subject(op, NumpyLibrary(), CONTROL_CASE))
 

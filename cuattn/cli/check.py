@@ -1,4 +1,4 @@
-"""``cuattn check``: the promise and the accuracy of `cuattn.attention`, examined on this machine."""
+"""``cuattn check``: the promise and the accuracy of attention and its gradients, examined on this machine."""
 
 import argparse
 import json
@@ -6,8 +6,9 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cuattn import __version__
 from cuattn import backend as backends
@@ -17,25 +18,35 @@ from cuattn.cache import attention_kvcache
 from cuattn.cli import libraries, machine
 from cuattn.cli.report import Reporter, Table, counted, make_reporter
 from cuattn.config import ARCHITECTURES, DTYPES
+from cuattn.gradients import attention_backward, attention_varlen_backward
 from cuattn.partials import attention_partials, chunk_starts, combine
 from cuattn.testing import (
+    GRADIENT_CHECKS,
     Accuracy,
+    GradientAccuracy,
     Library,
     TrialResult,
     accuracy_cases,
+    gradient_accuracy_cases,
     measure_accuracy,
+    measure_gradient_accuracy,
     plan_sweep,
+    run_gradient_sweep,
     run_sweep,
     standard_cases,
     with_cache,
     with_packed,
+    with_packed_gradients,
     with_shards,
 )
 from cuattn.testing.cases import COMMON_HEAD_DIMS
 
+A = TypeVar("A", Accuracy, GradientAccuracy)
+
 #: What is examined.
 attention = with_cache(with_packed(dense_attention, attention_varlen), attention_kvcache)
 attention = with_shards(attention, attention_partials, combine, chunk_starts)
+gradients = with_packed_gradients(attention_backward, attention_varlen_backward)
 #: Failures that are printed in full; the rest is counted, and all are in the JSON.
 SHOWN_FAILURES = 10
 
@@ -44,7 +55,7 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
         "check",
         help="check on this machine that bits do not depend on the batch, and the accuracy",
-        description="Run the invariance sweep, its negative controls and the accuracy table. "
+        description="Run the invariance sweep, its negative controls and the accuracy tables, of gradients too. "
         "Exit code 0 if all is well, 1 if not.",
     )
     parser.add_argument("--backend", choices=backends.NAMES, help="default: CUATTN_BACKEND, else auto: a GPU if any")
@@ -98,14 +109,37 @@ def run(arguments: argparse.Namespace) -> int:
     for dtype in set(DTYPES) - set(library.dtypes()):
         reporter.line(f"without {dtype}, which {library.name} cannot hold: pip install ml_dtypes")
     with backends.use_backend(setting.backend, setting.arch):
-        trials = plan_sweep(attention, standard_cases(**setting.variants))
-        sweep = list(reporter.track(run_sweep(attention, trials, library), len(trials), "invariance"))
-        cases = list(accuracy_cases(**setting.variants))
-        accuracy = list(reporter.track(measure_accuracy(attention, cases, library), len(cases), "accuracy"))
-    passed = _report(reporter, sweep, accuracy)
+        found = _examine(setting, reporter)
+    passed = _report(reporter, found)
     if arguments.json:
-        _write_json(arguments.json, setting, sweep, accuracy, passed)
+        _write_json(arguments.json, setting, found, passed)
     return 0 if passed else 1
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the checks found."""
+
+    sweep: Sequence[TrialResult]
+    accuracy: Sequence[Accuracy]
+    gradients: Sequence[GradientAccuracy]
+
+
+def _examine(setting: Setting, reporter: Reporter) -> Found:
+    library, variants = setting.library, setting.variants
+    trials = plan_sweep(attention, standard_cases(**variants))
+    gradient_trials = plan_sweep(gradients, standard_cases(**variants), GRADIENT_CHECKS)
+    sweep = chain(
+        run_sweep(attention, trials, library), run_gradient_sweep(gradients, attention, gradient_trials, library)
+    )
+    cases, gradient_cases = list(accuracy_cases(**variants)), list(gradient_accuracy_cases(**variants))
+    accuracy = measure_accuracy(attention, cases, library)
+    of_gradients = measure_gradient_accuracy(gradients, attention, gradient_cases, library)
+    return Found(
+        list(reporter.track(sweep, len(trials) + len(gradient_trials), "invariance")),
+        list(reporter.track(accuracy, len(cases), "accuracy")),
+        list(reporter.track(of_gradients, len(gradient_cases), "accuracy of gradients")),
+    )
 
 
 def _setting(arguments: argparse.Namespace) -> Setting:
@@ -127,15 +161,23 @@ def _setting(arguments: argparse.Namespace) -> Setting:
     return Setting(backend, arch, library, dtypes, arguments.quick)
 
 
-def _report(reporter: Reporter, sweep: Sequence[TrialResult], accuracy: Sequence[Accuracy]) -> bool:
+def _report(reporter: Reporter, found: Found) -> bool:
     """Print the tables and the verdict; returns it."""
+    sweep = found.sweep
+    measured: dict[str, Sequence[Accuracy | GradientAccuracy]] = {
+        "accuracy": found.accuracy,
+        "accuracy of gradients": found.gradients,
+    }
     reporter.table(_sweep_table(sweep))
-    reporter.table(_accuracy_table(accuracy))
+    reporter.table(_accuracy_table(found.accuracy))
+    reporter.table(_gradient_table(found.gradients))
     failures = [
         f"{'negative control of ' * r.trial.control}{r.trial.check.name}, {r.trial.case}: {r.detail}"
         for r in sweep
         if not r.passed
-    ] + [f"accuracy, {a.case}: {'; '.join(a.failures)}" for a in accuracy if not a.passed]
+    ]
+    for name, results in measured.items():
+        failures += [f"{name}, {a.case}: {'; '.join(a.failures)}" for a in results if not a.passed]
     for failure in failures[:SHOWN_FAILURES]:
         reporter.line(failure, good=False)
     if len(failures) > SHOWN_FAILURES:
@@ -146,7 +188,10 @@ def _report(reporter: Reporter, sweep: Sequence[TrialResult], accuracy: Sequence
     found_out = sum(r.passed for r in sweep if r.trial.control)
     counts = (
         ("invariance: {} of {} trials passed", sum(r.passed for r in trials), len(trials)),
-        ("accuracy: {} of {} cases passed", sum(a.passed for a in accuracy), len(accuracy)),
+        *(
+            (f"{name}: {{}} of {{}} cases passed", sum(a.passed for a in results), len(results))
+            for name, results in measured.items()
+        ),
         ("negative control: {} of {} checks failed as they must", found_out, len(checks)),
     )
     for text, good, total in counts:
@@ -169,18 +214,13 @@ def _sweep_table(sweep: Sequence[TrialResult]) -> Table:
 
 def _accuracy_table(accuracy: Sequence[Accuracy]) -> Table:
     """A row for each dtype and family of inputs: of its cases the worst."""
-    groups: dict[tuple[str, str], list[Accuracy]] = {}
-    for result in accuracy:
-        groups.setdefault((result.case.dtype, result.case.family), []).append(result)
+    groups = _by_inputs(accuracy)
     worst = [max(group, key=lambda a: (not a.passed, a.ratio)) for group in groups.values()]
     rows = [
         (
             *group,
             f"{a.case.dims} {a.case.mask}",
-            f"{a.error:.1e}",
-            f"{a.peer_error:.1e}",
-            f"{a.ratio:.2f}",
-            f"{a.worst_element:.2f}",
+            *_errors(a.error, a.peer_error, a.ratio, a.worst_element),
             f"{a.lse_error:.0e}",
         )
         for group, a in zip(groups, worst, strict=True)
@@ -190,9 +230,32 @@ def _accuracy_table(accuracy: Sequence[Accuracy]) -> Table:
     return Table(title, columns, rows, [a.passed for a in worst])
 
 
-def _write_json(
-    path: str, setting: Setting, sweep: Sequence[TrialResult], accuracy: Sequence[Accuracy], passed: bool
-) -> None:
+def _gradient_table(accuracy: Sequence[GradientAccuracy]) -> Table:
+    """The same for gradients, and of each case the worst one."""
+    groups = _by_inputs(accuracy)
+    worst = [max(group, key=lambda a: (not a.passed, a.worst[1].ratio)) for group in groups.values()]
+    rows = []
+    for group, a in zip(groups, worst, strict=True):
+        name, e = a.worst
+        errors = _errors(e.error, e.peer_error, e.ratio, e.worst_element)
+        rows.append((*group, f"{a.case.dims} {a.case.mask}", name, *errors))
+    columns = ("dtype", "inputs", "worst case", "of", "rel-L2", "peer's", "ratio", "element")
+    title = "Accuracy of gradients, the worst of each family of inputs"
+    return Table(title, columns, rows, [a.passed for a in worst])
+
+
+def _by_inputs(accuracy: Sequence[A]) -> dict[tuple[str, str], list[A]]:
+    groups: dict[tuple[str, str], list[A]] = {}
+    for result in accuracy:
+        groups.setdefault((result.case.dtype, result.case.family), []).append(result)
+    return groups
+
+
+def _errors(error: float, peer_error: float, ratio: float, worst_element: float) -> tuple[str, ...]:
+    return f"{error:.1e}", f"{peer_error:.1e}", f"{ratio:.2f}", f"{worst_element:.2f}"
+
+
+def _write_json(path: str, setting: Setting, found: Found, passed: bool) -> None:
     report = {
         "passed": passed,
         "versions": machine.versions(),
@@ -210,9 +273,18 @@ def _write_json(
                 "detail": r.detail,
                 "seconds": round(r.seconds, 4),
             }
-            for r in sweep
+            for r in found.sweep
         ],
-        "accuracy": [{**_finite(asdict(a)), "ratio": _finite(a.ratio), "passed": a.passed} for a in accuracy],
+        "accuracy": [{**_finite(asdict(a)), "ratio": _finite(a.ratio), "passed": a.passed} for a in found.accuracy],
+        "gradient_accuracy": [
+            {
+                "case": asdict(a.case),
+                **{name: _finite({**asdict(e), "ratio": e.ratio}) for name, e in a.errors.items()},
+                "failures": a.failures,
+                "passed": a.passed,
+            }
+            for a in found.gradients
+        ],
     }
     text = json.dumps(report, indent=1, allow_nan=False) + "\n"
     if path == "-":

@@ -9,22 +9,45 @@
 An operation is ``op(q, k, v, mask, scale=..., return_lse=True) -> (out, lse)``. With
 ``op = testing.with_packed(my_attention, my_attention_varlen)`` packed sequences are checked as well; `with_cache` and
 `with_shards` add caches and keys in parts.
+
+Gradients are examined in the same way:
+
+    testing.assert_gradient_batch_invariant(my_backward, my_attention, testing.standard_cases("small"))
+    for case in testing.gradient_accuracy_cases("small"):
+        testing.assert_gradients_accurate(my_backward, my_attention, case)
+
+A gradient operation is ``op(dout, q, k, v, out, lse, mask, scale=..., dlse=...) -> (dq, dk, dv)``, where out and lse
+are attention's results; `with_packed_gradients` adds packed sequences.
 """
 
 from cuattn.testing.accuracy import Accuracy, assert_accurate, measure_accuracy
-from cuattn.testing.adapters import with_cache, with_packed, with_shards
+from cuattn.testing.adapters import with_cache, with_packed, with_packed_gradients, with_shards
 from cuattn.testing.arrays import CupyLibrary, Library, NumpyLibrary, TorchLibrary, poisoned_empty_like
 from cuattn.testing.bitwise import BitwiseMismatch, assert_bitwise_equal
-from cuattn.testing.cases import HEAD_DIMS, SIZES, WORKLOAD, accuracy_cases, standard_cases
-from cuattn.testing.checks import CHECKS, Check
-from cuattn.testing.controls import Call, non_invariant
+from cuattn.testing.cases import HEAD_DIMS, SIZES, WORKLOAD, accuracy_cases, gradient_accuracy_cases, standard_cases
+from cuattn.testing.checks import CHECKS, GRADIENT_CHECKS, Check
+from cuattn.testing.controls import non_invariant
+from cuattn.testing.gradient_accuracy import GradientAccuracy, assert_gradients_accurate, measure_gradient_accuracy
+from cuattn.testing.gradient_controls import non_invariant_gradients
+from cuattn.testing.gradients import GradientSubject
 from cuattn.testing.inputs import FAMILIES, Case, Inputs, make_inputs
+from cuattn.testing.seen import Call
 from cuattn.testing.subject import Subject
-from cuattn.testing.sweep import Trial, TrialResult, assert_invariant, invariance_sweep, plan_sweep, run_sweep
+from cuattn.testing.sweep import (
+    Trial,
+    TrialResult,
+    assert_gradient_batch_invariant,
+    assert_invariant,
+    invariance_sweep,
+    plan_sweep,
+    run_gradient_sweep,
+    run_sweep,
+)
 
 __all__ = [
     "CHECKS",
     "FAMILIES",
+    "GRADIENT_CHECKS",
     "HEAD_DIMS",
     "SIZES",
     "WORKLOAD",
@@ -34,6 +57,8 @@ __all__ = [
     "Case",
     "Check",
     "CupyLibrary",
+    "GradientAccuracy",
+    "GradientSubject",
     "Inputs",
     "Library",
     "NumpyLibrary",
@@ -44,16 +69,23 @@ __all__ = [
     "accuracy_cases",
     "assert_accurate",
     "assert_bitwise_equal",
+    "assert_gradient_batch_invariant",
+    "assert_gradients_accurate",
     "assert_invariant",
+    "gradient_accuracy_cases",
     "invariance_sweep",
     "make_inputs",
     "measure_accuracy",
+    "measure_gradient_accuracy",
     "non_invariant",
+    "non_invariant_gradients",
     "plan_sweep",
     "poisoned_empty_like",
+    "run_gradient_sweep",
     "run_sweep",
     "standard_cases",
     "with_cache",
     "with_packed",
+    "with_packed_gradients",
     "with_shards",
 ]

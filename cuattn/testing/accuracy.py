@@ -10,9 +10,9 @@ weights rounded to the dtype, output rounded. The rules:
 - rows that see nothing: out is +0 and LSE is -inf.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,14 +22,16 @@ from cuattn.testing.arrays import Library, NumpyLibrary, round_to_bits, values_o
 from cuattn.testing.inputs import Case, Inputs
 from cuattn.testing.subject import INSURMOUNTABLE, Operation, Result, Subject
 
+T = TypeVar("T")
+
 ERROR_RATIO = 1.1
 FP32_ERROR_RATIO = 2.0
 FP32_ERROR = 3e-6
 LSE_UNITS = 4
-_EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23}
+EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23}
 _SMALLEST_NORMAL = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126}
 #: Relative L2 error of rounding normal numbers to nearest, in units of epsilon.
-_ROUNDING = 0.21
+ROUNDING = 0.21
 
 
 def peer_attention(inputs: Inputs, dtype: str, mask: str, scale: float) -> NDArray[np.float32]:
@@ -37,17 +39,25 @@ def peer_attention(inputs: Inputs, dtype: str, mask: str, scale: float) -> NDArr
     q, k, v = (values_of(bits, dtype).astype(np.float32) for bits in (inputs.q, inputs.k, inputs.v))
     group = q.shape[1] // k.shape[1]
     k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
+    scores, highest = peer_scores(q, k, mask, scale)
+    weights = np.exp(scores - highest)
+    total = weights.sum(axis=-1, keepdims=True)
+    weights = weights / np.where(total > 0, total, np.float32(1))
+    return rounded(rounded(weights, dtype) @ v, dtype)
+
+
+def peer_scores(
+    q: NDArray[np.float32], k: NDArray[np.float32], mask: str, scale: float
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Scores (B, H, Lq, Lk), -inf where a key is not seen, and the largest of each row, or 0 if it sees none."""
     scores = np.float32(scale) * (q @ k.swapaxes(-1, -2))
     seen = np.arange(k.shape[2]) < visible_keys(q.shape[2], k.shape[2], mask)[:, None]
     scores = np.where(seen, scores, np.float32(-np.inf))
     highest = scores.max(axis=-1, keepdims=True, initial=-np.inf)
-    weights = np.exp(scores - np.where(np.isfinite(highest), highest, np.float32(0)))
-    total = weights.sum(axis=-1, keepdims=True)
-    weights = weights / np.where(total > 0, total, np.float32(1))
-    return _rounded(_rounded(weights, dtype) @ v, dtype)
+    return scores, np.where(np.isfinite(highest), highest, np.float32(0))
 
 
-def _rounded(values: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
+def rounded(values: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
     return values_of(round_to_bits(values, dtype), dtype).astype(np.float32)
 
 
@@ -56,6 +66,11 @@ def relative_error(actual: NDArray[Any], gold: NDArray[np.float64]) -> float:
     norm = float(np.linalg.norm(gold))
     error = float(np.linalg.norm(actual.astype(np.float64) - gold))
     return error / norm if norm > 0 else error
+
+
+def unit_of(gold: NDArray[np.float64], dtype: str) -> NDArray[np.float64]:
+    """One unit in the last place of each value."""
+    return EPSILON[dtype] * np.maximum(np.abs(gold), _SMALLEST_NORMAL[dtype])
 
 
 @dataclass(frozen=True)
@@ -90,10 +105,9 @@ def judge(case: Case, inputs: Inputs, result: Result) -> Accuracy:
         values_of(result.lse, "float32").astype(np.float64),
     )
 
-    epsilon = _EPSILON[case.dtype]
+    epsilon = EPSILON[case.dtype]
     error, peer_error = relative_error(values, gold), relative_error(peer, gold)
-    unit = epsilon * np.maximum(np.abs(gold), _SMALLEST_NORMAL[case.dtype])
-    element = np.abs(values - gold) / (2 * np.abs(peer - gold).max(initial=0.0) + unit)
+    element = np.abs(values - gold) / (2 * np.abs(peer - gold).max(initial=0.0) + unit_of(gold, case.dtype))
     worst_element = float(element.max(initial=0.0))
 
     seen = np.isfinite(gold_lse)
@@ -104,7 +118,7 @@ def judge(case: Case, inputs: Inputs, result: Result) -> Accuracy:
     failures = []
     # "not <=" and not ">": a NaN fails
     ratio = FP32_ERROR_RATIO if case.dtype == "float32" else ERROR_RATIO
-    if not error <= ratio * max(peer_error, _ROUNDING * epsilon):
+    if not error <= ratio * max(peer_error, ROUNDING * epsilon):
         failures.append(f"relative L2 error {error:.3g}, the peer's is {peer_error:.3g}")
     if (case.dtype, case.family) == ("float32", "normal") and not error <= FP32_ERROR:
         failures.append(f"relative L2 error {error:.3g}, allowed {FP32_ERROR:.3g}")
@@ -124,15 +138,27 @@ def measure_accuracy(op: Operation, cases: Iterable[Case], library: Library | No
     a kernel that does not compile end the run.
     """
     library = library or NumpyLibrary()
-    for case in cases:
+
+    def measured(case: Case) -> Accuracy:
         subject = Subject(op, library, case)
+        return judge(case, subject.inputs, subject.baseline)
+
+    nan = float("nan")
+    yield from measure(cases, measured, lambda case, failure: Accuracy(case, nan, nan, nan, nan, nan, (failure,)))
+
+
+def measure(cases: Iterable[Case], one: Callable[[Case], T], failed: Callable[[Case, str], T]) -> Iterator[T]:
+    """``one`` of each case; for one that raises, ``failed`` with what it raised."""
+
+    def attempt(case: Case) -> T:
         try:
-            yield judge(case, subject.inputs, subject.baseline)
+            return one(case)
         except INSURMOUNTABLE:
             raise
         except Exception as error:
-            nan = float("nan")
-            yield Accuracy(case, nan, nan, nan, nan, nan, (f"{type(error).__name__}: {error}",))
+            return failed(case, f"{type(error).__name__}: {error}")
+
+    return map(attempt, cases)
 
 
 def assert_accurate(op: Operation, case: Case, library: Library | None = None) -> None:

@@ -20,9 +20,19 @@ def with_packed(op: Operation, packed: Operation) -> Operation:
     """``op`` that also takes packed sequences, by the keywords cu_seqlens_q and cu_seqlens_k: those calls are
     ``packed(q, k, v, cu_seqlens_q, cu_seqlens_k, mask, ...)``, the mask if it is given.
     """
+    return _with_packed(op, packed, 3)
 
-    def call(q: Any, k: Any, v: Any, *mask: str, cu_seqlens_q: Any, cu_seqlens_k: Any, **options: Any) -> Any:
-        return packed(q, k, v, cu_seqlens_q, cu_seqlens_k, *mask, **options)
+
+def with_packed_gradients(op: Operation, packed: Operation) -> Operation:
+    """The same for gradients: ``packed(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, mask, ...)``."""
+    return _with_packed(op, packed, 6)
+
+
+def _with_packed(op: Operation, packed: Operation, arrays: int) -> Operation:
+    """``packed`` takes the cumulative lengths behind so many arrays."""
+
+    def call(*args: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, **options: Any) -> Any:
+        return packed(*args[:arrays], cu_seqlens_q, cu_seqlens_k, *args[arrays:], **options)
 
     return _joined(op, call, CUMULATIVE)
 

@@ -41,6 +41,7 @@ _ACCURACY = {
     "large": ((2, 1, 256, 384), (1, 1, 16, 16500)),
     "device": ((4, 2, 512, 1024), (1, 1, 64, 70000)),
 }
+_ROWS_TO_SUM = 128
 #: Sizes: "tiny" for the emulator, "small", "large", and "device", which a CPU is too slow for.
 SIZES = tuple(_SWEEP)
 
@@ -79,6 +80,17 @@ def accuracy_cases(
     for dtype, head_dim, mask, family in product(dtypes, head_dims, masks, FAMILIES):
         heads, kv_heads, len_q, len_k = long if family == "long context" else short
         yield _case(len_q, len_k, mask, dtype, head_dim, 1, heads, kv_heads, family)
+
+
+def gradient_accuracy_cases(
+    size: str = "small",
+    dtypes: Sequence[str] = DTYPES,
+    head_dims: Sequence[HeadDim] = HEAD_DIMS,
+    masks: Sequence[str] = ("causal", "full"),
+) -> Iterator[Case]:
+    """The same for gradients: dk and dv are sums over rows, of which there are enough for no row to decide."""
+    for case in accuracy_cases(size, dtypes, head_dims, masks):
+        yield replace(case, len_q=max(case.len_q, _ROWS_TO_SUM))
 
 
 def _case(len_q: int, len_k: int, mask: str, dtype: str, head_dim: HeadDim, *more: Any) -> Case:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cuattn.testing.arrays import int32_array, is_contiguous, library_of, raw_bits, round_to_bits, values_of
+from cuattn.testing.arrays import int32_array, library_of, raw_bits, round_to_bits
+from cuattn.testing.seen import Call, Seen, host_values
 from cuattn.testing.subject import Operation
 
 #: The cut is at least FIRST_CUT keys into the sequence and less than FIRST_CUT + CUTS; fewer keys are not cut.
@@ -22,24 +23,6 @@ FIRST_CUT = 16
 CUTS = 31
 
 Both = tuple[NDArray[np.float32], NDArray[np.float32]]
-
-
-@dataclass(frozen=True)
-class Call:
-    """One sequence of one call: q (B, Hq, Lq, D), k and v (B, Hkv, Lk, D) whole, packed (Tq, Hq, D), (Tk, Hkv, D), or
-    the cache, and all that a bad kernel may see.
-    """
-
-    q: Any
-    k: Any
-    v: Any
-    mask: str
-    layout: str
-    num_splits: int | None
-    shards: int | None
-    position: int  # in the batch
-    run: int  # how often the operation was called before
-    first_key: int = 0  # of the sequence, in the packed keys or the pages
 
 
 @dataclass(frozen=True)
@@ -62,11 +45,11 @@ class _Sequence:
         if self.exists is not None:
             more["key_padding_mask"] = self.exists[:, keys]
         out, lse = op(self.q[:, :, rows], key, self.v[:, :, keys], mask, **options, **more)
-        return _host(out), _host(lse)
+        return host_values(out), host_values(lse)
 
 
-def non_invariant(op: Operation, seen: Callable[[Call], int]) -> Operation:
-    """``op`` with its keys cut at a point that moves with ``seen``, a number made of what `Call` holds.
+def non_invariant(op: Operation, number: Seen) -> Operation:
+    """``op`` with its keys cut at a point that moves with ``number``, which is made of what `Call` holds.
 
     It takes the same arguments as ``op``; those for the checks even where ``op`` does not.
     """
@@ -107,8 +90,8 @@ def non_invariant(op: Operation, seen: Callable[[Call], int]) -> Operation:
             sequences = _unbatched(q, k, v, kv_lengths, key_padding_mask)
         results = []
         for item, own in enumerate(sequences):
-            call = Call(q, k, v, mask, layout, num_splits, shards, item, runs, own.first_key)
-            results.append(_attend_in_two(op, own, mask, FIRST_CUT + seen(call) % CUTS, options))
+            call = Call(q, k, v, mask, layout, item, runs, own.first_key, num_splits, shards)
+            results.append(_attend_in_two(op, own, mask, FIRST_CUT + number(call) % CUTS, options))
         runs += 1
         out, lse = (np.concatenate(part, axis=2 if packed else 0) for part in zip(*results, strict=True))
         if packed:
@@ -174,75 +157,9 @@ def _attend_in_two(op: Operation, sequence: _Sequence, mask: str, cut: int, opti
     return tuple(np.concatenate(part, axis=2) for part in zip(*early, *late, strict=True))  # type: ignore[return-value]
 
 
-def _host(array: Any) -> NDArray[np.float32]:
-    return values_of(*raw_bits(array)).astype(np.float32)
-
-
-def _contains_nan(array: Any) -> bool:
-    return bool(np.isnan(_host(array)).any())
-
-
-def depends_on_batch_size(op: Operation) -> Operation:
-    return non_invariant(op, lambda call: call.q.shape[0])
-
-
-def depends_on_position(op: Operation) -> Operation:
-    return non_invariant(op, lambda call: call.position)
-
-
-def depends_on_garbage(op: Operation) -> Operation:
-    return non_invariant(op, lambda call: _contains_nan(call.q) or _contains_nan(call.k))
-
-
-def depends_on_rows(op: Operation) -> Operation:
-    return non_invariant(op, lambda call: call.q.shape[2])
-
-
-def depends_on_mask(op: Operation) -> Operation:
-    return non_invariant(op, lambda call: call.mask == "causal")
-
-
-def depends_on_heads(op: Operation) -> Operation:
-    return non_invariant(op, lambda call: call.q.shape[1])
-
-
-def depends_on_key_heads(op: Operation) -> Operation:
-    return non_invariant(op, lambda call: call.k.shape[1])
-
-
-def depends_on_strides(op: Operation) -> Operation:
-    return non_invariant(op, lambda call: is_contiguous(call.k))
-
-
-def depends_on_layout(op: Operation) -> Operation:
-    return non_invariant(op, lambda call: call.layout == "bshd")
-
-
-def depends_on_runs(op: Operation) -> Operation:
-    return non_invariant(op, lambda call: call.run)
-
-
-def depends_on_splits(op: Operation) -> Operation:
-    return non_invariant(op, lambda call: call.num_splits or 0)
-
-
-def depends_on_shards(op: Operation) -> Operation:
-    return non_invariant(op, lambda call: call.shards or 0)
-
-
-def depends_on_padding(op: Operation) -> Operation:
-    """The cut moves with the number of keys that there is memory for."""
-    return non_invariant(op, lambda call: call.k.shape[2])
-
-
-def depends_on_first_key(op: Operation) -> Operation:
-    """The cut moves with the place of a sequence's first key among the packed ones, or in the pages."""
-    return non_invariant(op, lambda call: call.first_key)
-
-
-def depends_on_last_key(op: Operation) -> Operation:
-    """The cut moves when all numbers of the last key are the same."""
-    return non_invariant(op, lambda call: float(np.ptp(_host(call.k[:, :, -1:]))) == 0.0)
+def depends_on(number: Seen) -> Callable[[Operation], Operation]:
+    """Makes the control of which ``number`` alone moves the bits."""
+    return lambda op: non_invariant(op, number)
 
 
 def leaves_a_sequence_unwritten(op: Operation) -> Operation:

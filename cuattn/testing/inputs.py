@@ -1,6 +1,7 @@
 """Cases and their inputs, the same on every machine: a counter-based generator, a seed, one rounding."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -55,15 +56,27 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Raw bits of q (B, Hq, Lq, D), k (B, Hkv, Lk, D) and v (B, Hkv, Lk, Dv)."""
+    """Raw bits of q (B, Hq, Lq, D), k (B, Hkv, Lk, D) and v (B, Hkv, Lk, Dv).
+
+    upstream: what else a backward pass takes of each row: dout and out (B, Hq, Lq, Dv), fp32 dlse and lse (B, Hq, Lq).
+    """
 
     q: Bits
     k: Bits
     v: Bits
+    upstream: Mapping[str, Bits] = field(default_factory=dict)
+
+    @property
+    def named(self) -> dict[str, Bits]:
+        return {"q": self.q, "k": self.k, "v": self.v, **self.upstream}
+
+    def each(self, change: Callable[[Bits], Bits]) -> "Inputs":
+        """All arrays changed in the same way."""
+        return Inputs(**{x: change(getattr(self, x)) for x in "qkv"}, upstream=_each(self.upstream, change))
 
     def items(self, index: slice | list[int]) -> "Inputs":
         """The sequences of the batch that ``index`` picks."""
-        return Inputs(self.q[index], self.k[index], self.v[index])
+        return self.each(lambda bits: bits[index])
 
     def with_keys(self, count: int) -> "Inputs":
         """The first ``count`` keys."""
@@ -75,18 +88,41 @@ class Inputs:
 
     def with_rows(self, first: int, last: int) -> "Inputs":
         """The query rows from ``first`` up to but not including ``last``."""
-        return replace(self, q=self.q[:, :, first:last])
+        return self.rows(slice(first, last))
+
+    def rows(self, index: slice | NDArray[Any]) -> "Inputs":
+        """The query rows that ``index`` picks."""
+        return replace(self, q=self.q[:, :, index], upstream=_each(self.upstream, lambda bits: bits[:, :, index]))
+
+    def key_head(self, head: int) -> "Inputs":
+        """One key head with its group of query heads."""
+        group, own = self.q.shape[1] // self.k.shape[1], np.s_[:, head : head + 1]
+        queries = np.s_[:, head * group : (head + 1) * group]
+        return Inputs(self.q[queries], self.k[own], self.v[own], _each(self.upstream, lambda bits: bits[queries]))
 
 
-def make_inputs(case: Case) -> Inputs:
-    """The inputs of a case. Raises ValueError for an unknown family."""
+def _each(named: Mapping[str, Bits], change: Callable[[Bits], Bits]) -> dict[str, Bits]:
+    return {name: change(bits) for name, bits in named.items()}
+
+
+def make_inputs(case: Case, gradients: bool = False) -> Inputs:
+    """The inputs of a case; with ``gradients`` dout and dlse too, normal numbers.
+
+    Raises ValueError for an unknown family.
+    """
     if case.family not in FAMILIES:
         raise ValueError(f"family: got {case.family!r}, expected one of {', '.join(map(repr, FAMILIES))}")
     random = np.random.Generator(np.random.Philox(key=case.seed))
-    keys = (case.batch, case.kv_heads, case.len_k)
-    q = random.standard_normal((case.batch, case.heads, case.len_q, case.head_dim), np.float32)
+    rows, keys = (case.batch, case.heads, case.len_q), (case.batch, case.kv_heads, case.len_k)
+    value_dim = case.value_dim or case.head_dim
+    q = random.standard_normal((*rows, case.head_dim), np.float32)
     k = random.standard_normal((*keys, case.head_dim), np.float32)
-    v = random.standard_normal((*keys, case.value_dim or case.head_dim), np.float32)
+    v = random.standard_normal((*keys, value_dim), np.float32)
     q *= np.float32(_QUERY_STD.get(case.family, 1.0))
     v += np.float32(_VALUE_MEAN.get(case.family, 0.0))
-    return Inputs(round_to_bits(q, case.dtype), round_to_bits(k, case.dtype), round_to_bits(v, case.dtype))
+    q, k, v = (round_to_bits(x, case.dtype) for x in (q, k, v))
+    upstream = {}
+    if gradients:
+        upstream["dout"] = round_to_bits(random.standard_normal((*rows, value_dim), np.float32), case.dtype)
+        upstream["dlse"] = random.standard_normal(rows, np.float32).view(np.uint32)
+    return Inputs(q, k, v, upstream)

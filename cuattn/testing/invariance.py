@@ -3,16 +3,15 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
 from cuattn.testing.arrays import Bits, poison, raw_bits, round_to_bits
 from cuattn.testing.inputs import Case, Inputs
-from cuattn.testing.subject import Subject, contiguous, padded, rows_first
+from cuattn.testing.subject import BaseSubject, R, Subject, contiguous, padded, rows_first
 
 
-def batch_size(subject: Subject) -> None:
+def batch_size(subject: BaseSubject[R]) -> None:
     """A sequence alone, with the first others, and in a doubled batch."""
     inputs, baseline = subject.inputs, subject.baseline
     batch = len(inputs.q)
@@ -22,7 +21,7 @@ def batch_size(subject: Subject) -> None:
     doubled[batch:].assert_equals(baseline, f"batch {2 * batch} against {batch}")
 
 
-def batch_position(subject: Subject) -> None:
+def batch_position(subject: BaseSubject[R]) -> None:
     """One sequence at every place of the batch."""
     inputs, baseline = subject.inputs, subject.baseline
     batch = len(inputs.q)
@@ -31,21 +30,20 @@ def batch_position(subject: Subject) -> None:
         copies[place : place + 1].assert_equals(baseline[:1], f"place {place} of {batch} against place 0")
 
 
-def permutation(subject: Subject) -> None:
+def permutation(subject: BaseSubject[R]) -> None:
     """The batch in the reverse order."""
     order = list(range(subject.case.batch))[::-1]
     subject.run(subject.inputs.items(order)).assert_equals(subject.baseline[order], "reversed batch")
 
 
-def neighbours(subject: Subject) -> None:
+def neighbours(subject: BaseSubject[R]) -> None:
     """Sequences of NaN before and behind."""
-    inputs = subject.inputs
 
     def surrounded(bits: Bits) -> Bits:
         nan = poison(bits[:1].shape, bits.itemsize)
         return np.concatenate([nan, bits[:1], nan])
 
-    result = subject.run(Inputs(surrounded(inputs.q), surrounded(inputs.k), surrounded(inputs.v)))
+    result = subject.run(subject.inputs.each(surrounded))
     result[1:2].assert_equals(subject.baseline[:1], "between sequences of NaN")
 
 
@@ -103,40 +101,33 @@ def repeated_heads(subject: Subject) -> None:
     subject.run(repeated).assert_equals(subject.baseline, "repeated key heads")
 
 
-def head_slices(subject: Subject) -> None:
+def head_slices(subject: BaseSubject[R]) -> None:
     """Every key head with its group of query heads, alone."""
-    inputs, group = subject.inputs, subject.case.heads // subject.case.kv_heads
+    group = subject.case.heads // subject.case.kv_heads
     for head in range(subject.case.kv_heads):
-        queries, keys = np.s_[:, head * group : (head + 1) * group], np.s_[:, head : head + 1]
-        alone = subject.run(Inputs(inputs.q[queries], inputs.k[keys], inputs.v[keys]))
-        alone.assert_equals(subject.baseline[queries], f"key head {head} alone")
+        alone = subject.run(subject.inputs.key_head(head))
+        alone.assert_equals(subject.baseline.key_head(head, group), f"key head {head} alone")
 
 
-def strides(subject: Subject) -> None:
+def strides(subject: BaseSubject[R]) -> None:
     """Views into larger arrays with NaN in the gaps."""
     subject.run(subject.inputs, place=padded).assert_equals(subject.baseline, "padded views")
 
 
-def memory_order(subject: Subject) -> None:
+def memory_order(subject: BaseSubject[R]) -> None:
     """Views of memory in the order (B, L, H, D)."""
     subject.run(subject.inputs, place=rows_first).assert_equals(subject.baseline, "(B, L, H, D) memory")
 
 
-def layout(subject: Subject) -> None:
+def layout(subject: BaseSubject[R]) -> None:
     """layout="bshd" against "bhsd"."""
-
-    def through_bshd(q: Any, k: Any, v: Any, mask: str, **options: Any) -> Any:
-        swapped = (x.swapaxes(1, 2) for x in (q, k, v))
-        out, lse = subject.op(*swapped, mask, layout="bshd", **options)
-        return out.swapaxes(1, 2), lse
-
-    other = Subject(through_bshd, subject.library, subject.case)
-    other.run(subject.inputs, place=rows_first).assert_equals(subject.baseline, 'layout="bshd"')
+    result = subject.run(subject.inputs, place=rows_first, layout="bshd")
+    result.assert_equals(subject.baseline, 'layout="bshd"')
 
 
-def repeated_runs(subject: Subject) -> None:
+def repeated_runs(subject: BaseSubject[R]) -> None:
     """The same call again and again."""
-    for run in range(2, 5):
+    for run in range(2, subject.runs + 1):
         subject.run(subject.inputs).assert_equals(subject.baseline, f"run {run} against run 1")
 
 

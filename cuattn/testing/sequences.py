@@ -1,6 +1,6 @@
 """The invariance checks of sequences of different lengths: padded, packed, in caches, and cut into shards."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -11,7 +11,7 @@ from cuattn.reference.gold import visible_keys
 from cuattn.testing.arrays import bool_array, int32_array, poison
 from cuattn.testing.inputs import Case, Inputs
 from cuattn.testing.invariance import with_visible_keys
-from cuattn.testing.subject import Cache, Result, Subject
+from cuattn.testing.subject import BaseSubject, Cache, R, Result, Subject
 
 Exists = NDArray[np.bool_]  # (B, Lk)
 #: Keys per page.
@@ -21,7 +21,7 @@ SHARDS = (1, 2, 3)
 
 def key_lengths(subject: Subject) -> None:
     """The last keys of every sequence, of each another number, turned into NaN that kv_lengths cuts off."""
-    lengths = _key_counts(subject.case)
+    lengths = key_counts(subject.case)
     exists = np.arange(subject.case.len_k) < np.array(lengths)[:, None]
     result = subject.run(_only(subject.inputs, exists), kv_lengths=int32_array(subject.library, lengths))
     _assert_existing_keys(subject, result, exists, "kv_lengths")
@@ -29,21 +29,24 @@ def key_lengths(subject: Subject) -> None:
 
 def key_padding(subject: Subject) -> None:
     """Keys turned into NaN that key_padding_mask takes out: behind every sequence, before it, and inside of it."""
-    lengths, place = np.array(_key_counts(subject.case))[:, None], np.arange(subject.case.len_k)
-    missing = subject.case.len_k - lengths
-    middle = subject.case.len_k // 2
-    masks = {
-        "right": place < lengths,
-        "left": place >= missing,
-        "holes": (place != 1) & ~((middle <= place) & (place < middle + missing)),
-    }
-    for name, exists in masks.items():
+    for name, exists in padding_masks(subject.case).items():
         mask = bool_array(subject.library, exists)
         result = subject.run(_only(subject.inputs, exists), key_padding_mask=mask)
         _assert_existing_keys(subject, result, exists, f"padding {name}")
 
 
-def _key_counts(case: Case) -> list[int]:
+def padding_masks(case: Case) -> dict[str, Exists]:
+    """Which keys exist, for padding on the right, on the left, and with holes."""
+    lengths, place = np.array(key_counts(case))[:, None], np.arange(case.len_k)
+    missing, middle = case.len_k - lengths, case.len_k // 2
+    return {
+        "right": place < lengths,
+        "left": place >= missing,
+        "holes": (place != 1) & ~((middle <= place) & (place < middle + missing)),
+    }
+
+
+def key_counts(case: Case) -> list[int]:
     """Keys of each sequence, not more than ``len_k``."""
     return list(case.lengths or (max(0, case.len_k - 3 * (item + 1)) for item in range(case.batch)))
 
@@ -85,17 +88,24 @@ def spans(seen: NDArray[np.integer]) -> Iterator[tuple[str, int, int]]:
 
 def packed_sequences(subject: Subject) -> None:
     """The batch packed, of lengths that differ, with a sequence of NaN at both ends and empty ones between."""
-    inputs, case, step = subject.inputs, subject.case, 5
-    nan = Inputs(*(poison(bits[:1].shape, bits.itemsize) for bits in (inputs.q, inputs.k, inputs.v)))
+    sequences = different_lengths(subject.inputs, subject.case)
+    for item, result in enumerate(run_packed_among_nan(subject, sequences)):
+        expected = subject.baseline[item : item + 1, :, : sequences[item].q.shape[2]]
+        result.assert_equals(expected, f"sequence {item}, packed")
+
+
+def different_lengths(inputs: Inputs, case: Case) -> list[Inputs]:
+    """Each sequence alone: its first rows and the keys that they see."""
+    rows = case.lengths or [max(1, case.len_q - 5 * item) for item in range(case.batch)]
+    return [with_visible_keys(inputs.items([item]), case, count).with_rows(0, count) for item, count in enumerate(rows)]
+
+
+def run_packed_among_nan(subject: BaseSubject[R], sequences: Sequence[Inputs]) -> list[R]:
+    """The results of sequences packed behind empty ones, with a sequence of NaN at both ends."""
+    nan = subject.inputs.items([0]).each(lambda bits: poison(bits.shape, bits.itemsize))
     nothing = nan.with_rows(0, 0).with_keys(0)
-    rows = case.lengths or [max(1, case.len_q - step * item) for item in range(case.batch)]
-    sequences = [nan]
-    for item, count in enumerate(rows):
-        sequences += [nothing, with_visible_keys(inputs.items([item]), case, count).with_rows(0, count)]
-    results = subject.run_packed([*sequences, nothing, nan])
-    for item, count in enumerate(rows):
-        expected = subject.baseline[item : item + 1, :, :count]
-        results[2 * item + 2].assert_equals(expected, f"sequence {item}, packed")
+    among = [one for sequence in sequences for one in (nothing, sequence)]
+    return subject.run_packed([nan, *among, nothing, nan])[2:-2:2]
 
 
 def contiguous_cache(subject: Subject) -> None:

@@ -1,10 +1,11 @@
 """What an invariance check examines: one operation on the inputs of one case, with results as raw bits."""
 
-from collections.abc import Callable, Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,8 @@ from cuattn.testing.inputs import Case, Inputs, make_inputs
 
 #: ``op(q, k, v, mask, scale=..., return_lse=True) -> (out, lse)``; more keywords are used where it has them.
 Operation = Callable[..., Any]
+Shape = tuple[int, ...]
+R = TypeVar("R", bound="Compared")
 #: Makes an array of a library from raw bits and a dtype.
 Placement = Callable[[Library, Bits, str], Any]
 
@@ -31,6 +34,19 @@ _UNUSED = 3
 INSURMOUNTABLE = (CompileError, MissingDependencyError)
 
 
+class Compared(Protocol):
+    """The results of a call, as raw bits."""
+
+    def __getitem__(self: R, index: Any) -> R:
+        """The sequences of the batch that ``index`` picks."""
+
+    def key_head(self: R, head: int, group: int) -> R:
+        """What belongs to one key head and its group of query heads."""
+
+    def assert_equals(self: R, expected: R, name: str) -> None:
+        """Raises BitwiseMismatch, which begins with ``name``, for other bits."""
+
+
 @dataclass(frozen=True)
 class Result:
     """Raw bits of an output (B, Hq, Lq, Dv) and of its LSE (B, Hq, Lq)."""
@@ -42,6 +58,9 @@ class Result:
     def __getitem__(self, index: Any) -> "Result":
         """Part of both: an index into (batch, head, row)."""
         return Result(self.out[index], self.lse[index], self.dtype)
+
+    def key_head(self, head: int, group: int) -> "Result":
+        return self[:, head * group : (head + 1) * group]
 
     def assert_equals(self, expected: "Result", name: str) -> None:
         assert_same_bits(self.out, expected.out, self.dtype, f"{name}: out")
@@ -103,8 +122,16 @@ class Cache:
         return cls(cached(inputs.k), cached(inputs.v), table, np.array(lengths, np.int32))
 
 
-class Subject:
+class BaseSubject(ABC, Generic[R]):
     """One operation on one case; `baseline` is its plain result, computed once."""
+
+    #: The operation's positional arguments before the mask, and arguments by keyword: names in `Inputs.named`.
+    arguments: tuple[str, ...] = ("q", "k", "v")
+    keywords: tuple[str, ...] = ()
+    #: Further keywords of every call.
+    always: ClassVar[Mapping[str, Any]] = {}
+    #: Calls of the check of repeated runs.
+    runs = 4
 
     def __init__(self, op: Operation, library: Library, case: Case) -> None:
         self.op = op
@@ -116,40 +143,105 @@ class Subject:
         return make_inputs(self.case)
 
     @cached_property
-    def baseline(self) -> Result:
+    def baseline(self) -> R:
         return self.run(self.inputs)
 
-    def run(self, inputs: Inputs, mask: str | None = None, place: Placement = contiguous, **options: Any) -> Result:
+    @abstractmethod
+    def shapes(self, inputs: Inputs) -> dict[str, Shape]:
+        """The names and shapes of the results, (B, H, L, D) or, of fp32 numbers, (B, H, L)."""
+
+    @abstractmethod
+    def result(self, parts: Sequence[Bits]) -> R:
+        """The results, made of raw bits of these shapes."""
+
+    def run(
+        self,
+        inputs: Inputs,
+        mask: str | None = None,
+        place: Placement = contiguous,
+        layout: str = "bhsd",
+        **options: Any,
+    ) -> R:
         """The operation's result; ``mask`` defaults to the case's, ``options`` are further keywords for it.
 
         Raises AssertionError if the result has another shape or dtype than promised.
         """
-        arrays = (place(self.library, bits, self.case.dtype) for bits in (inputs.q, inputs.k, inputs.v))
-        return self._call(arrays, mask, _shapes(inputs), options)
+        swapped = layout == "bshd"
 
-    def run_packed(self, sequences: Sequence[Inputs]) -> list[Result]:
+        def placed(bits: Bits) -> Any:
+            if bits.ndim == 3:
+                return self.library.array(bits, "float32")
+            array = place(self.library, bits, self.case.dtype)
+            return array.swapaxes(1, 2) if swapped else array
+
+        def turned(shape: Shape) -> Shape:
+            return (shape[0], shape[2], shape[1], shape[3]) if swapped and len(shape) == 4 else shape
+
+        if swapped:
+            options["layout"] = layout
+        shapes = {name: turned(shape) for name, shape in self.shapes(inputs).items()}
+        parts = self._call({name: placed(bits) for name, bits in inputs.named.items()}, mask, shapes, options)
+        return self.result([bits.swapaxes(1, 2) if swapped and bits.ndim == 4 else bits for bits in parts])
+
+    def run_packed(self, sequences: Sequence[Inputs]) -> list[R]:
         """The results of sequences, each of batch size 1, that are packed into one call."""
 
-        def tokens(bits: list[Bits]) -> Any:
-            packed = np.concatenate([one[0].swapaxes(0, 1) for one in bits])
-            return self.library.array(packed, self.case.dtype)
+        def packed(name: str) -> Any:
+            parts = [one.named[name][0] for one in sequences]
+            if parts[0].ndim == 2:  # (heads, rows) of fp32 numbers
+                return self.library.array(np.concatenate(parts, axis=1), "float32")
+            return self.library.array(np.concatenate([part.swapaxes(0, 1) for part in parts]), self.case.dtype)
 
-        q, k, v = ([getattr(one, name) for one in sequences] for name in "qkv")
+        def joined(shapes: Sequence[Shape]) -> Shape:
+            _, heads, _, *columns = shapes[0]
+            total = sum(shape[2] for shape in shapes)
+            return (total, heads, *columns) if columns else (heads, total)
+
+        shapes = [self.shapes(one) for one in sequences]
+        together = {name: joined([each[name] for each in shapes]) for name in shapes[0]}
         starts = {
-            name: list(accumulate((one.shape[2] for one in bits), initial=0))
-            for name, bits in zip(CUMULATIVE, (q, k), strict=True)
+            name: int32_array(self.library, list(accumulate((one.named[x].shape[2] for one in sequences), initial=0)))
+            for name, x in zip(CUMULATIVE, "qk", strict=True)
         }
-        total, heads = starts["cu_seqlens_q"][-1], self.case.heads
-        columns = v[0].shape[3]
-        result = self._call(
-            (tokens(q), tokens(k), tokens(v)),
-            None,
-            ((total, heads, columns), (heads, total)),
-            {name: int32_array(self.library, numbers) for name, numbers in starts.items()},
+        parts = self._call({name: packed(name) for name in sequences[0].named}, None, together, starts)
+        cut = []
+        for name, bits in zip(together, parts, strict=True):
+            whole = (bits.swapaxes(0, 1) if bits.ndim == 3 else bits)[None]
+            ends = list(accumulate((each[name][2] for each in shapes), initial=0))
+            cut.append([whole[:, :, first:last] for first, last in pairwise(ends)])
+        return [self.result(part) for part in zip(*cut, strict=True)]
+
+    def _call(
+        self, named: Mapping[str, Any], mask: str | None, shapes: Mapping[str, Shape], options: Mapping[str, Any]
+    ) -> list[Bits]:
+        """``named`` holds the arguments, ``shapes`` the names and shapes of the results."""
+        options = {**self.always, **{name: named[name] for name in self.keywords}, **options}
+        results = self.op(
+            *(named[name] for name in self.arguments), mask or self.case.mask, scale=self.case.scale, **options
         )
-        out, lse = result.out.swapaxes(0, 1)[None], result.lse[None]
-        spans = [np.s_[:, :, first:last] for first, last in pairwise(starts["cu_seqlens_q"])]
-        return [Result(out[span], lse[span], result.dtype) for span in spans]
+        found = [raw_bits(array) for array in results]
+        got = tuple(x for bits, dtype in found for x in (bits.shape, dtype))
+        promised = tuple(
+            x for name, shape in shapes.items() for x in (shape, "float32" if name == "LSE" else self.case.dtype)
+        )
+        if got != promised:
+            *first, last = shapes
+            raise AssertionError(f"{', '.join(first)} and {last}: got shapes and dtypes {got}, expected {promised}")
+        return [bits.copy() for bits, _ in found]  # the operation may use its arrays again
+
+
+class Subject(BaseSubject[Result]):
+    """Attention: ``op(q, k, v, mask, scale=..., return_lse=True) -> (out, lse)``."""
+
+    always: ClassVar[Mapping[str, Any]] = {"return_lse": True}
+
+    def shapes(self, inputs: Inputs) -> dict[str, Shape]:
+        rows = inputs.q.shape[:3]
+        return {"out": (*rows, inputs.v.shape[3]), "LSE": rows}
+
+    def result(self, parts: Sequence[Bits]) -> Result:
+        out, lse = parts
+        return Result(out, lse, self.case.dtype)
 
     def run_cached(self, cache: Cache, new: Inputs) -> Result:
         """The results of query rows whose keys and values, as many, are first appended to a cache."""
@@ -157,25 +249,6 @@ class Subject:
         options = {"cache_lengths": int32_array(self.library, cache.lengths), "k_new": k, "v_new": v}
         if cache.table is not None:
             options["block_table"] = int32_array(self.library, cache.table)
-        result = self._call((q, cache.k, cache.v), None, _shapes(new), options)
+        parts = self._call({"q": q, "k": cache.k, "v": cache.v}, None, self.shapes(new), options)
         cache.lengths += new.q.shape[2]
-        return result
-
-    def _call(
-        self, arrays: Iterable[Any], mask: str | None, shapes: tuple[Any, Any], options: dict[str, Any]
-    ) -> Result:
-        """``shapes`` are those of the output and of the LSE."""
-        out, lse = self.op(*arrays, mask or self.case.mask, scale=self.case.scale, return_lse=True, **options)
-        out_bits, out_dtype = raw_bits(out)
-        lse_bits, lse_dtype = raw_bits(lse)
-        got = (out_bits.shape, out_dtype, lse_bits.shape, lse_dtype)
-        promised = (shapes[0], self.case.dtype, shapes[1], "float32")
-        if got != promised:
-            raise AssertionError(f"out and LSE: got shapes and dtypes {got}, expected {promised}")
-        return Result(out_bits.copy(), lse_bits.copy(), out_dtype)  # the operation may use its arrays again
-
-
-def _shapes(inputs: Inputs) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Those of the output and of the LSE."""
-    rows = inputs.q.shape[:3]
-    return (*rows, inputs.v.shape[3]), rows
+        return self.result(parts)
