@@ -103,26 +103,27 @@ class Backward:
     len_q: int = 100
     len_k: int = 150
     head_dim: int = 64
+    dtype: str = "float16"
     arch: str = "sm_80"
 
     def run(self, schedule: str = "ascending", seed: int = 1) -> tuple[Bits, Bits, Bits]:
         """Bits of the gradients of keys, values and queries."""
         q, k, v = (
             x[:, :heads]
-            for x, heads in zip(qkv(1, self.len_q, self.len_k, "float16", self.head_dim), (2, 1, 1), strict=True)
+            for x, heads in zip(qkv(1, self.len_q, self.len_k, self.dtype, self.head_dim), (2, 1, 1), strict=True)
         )
         padding = random_mask(self.len_k, 1)
-        arrays = [x.view(np.float16) for x in (q, k, v)]
+        arrays = [x.view(self.dtype) for x in (q, k, v)]
         out, lse = cuattn.attention(*arrays, "causal", key_padding_mask=padding, return_lse=True)
         dout = np.roll(out, 1, axis=2)
         dout[:, :, 30:47] = 0
         problem = check_attention(*arrays, "causal", None, padding, "bhsd", None)
         dlse = np.where((dout == 0).all(axis=3), np.float32(0), np.cos(lse))
-        gradients = [poison(x.shape, 2) for x in (q, k, v)]
+        gradients = [poison(x.shape, x.itemsize) for x in (q, k, v)]
         launches = plan_backward(
             problem,
             check_upstream(problem, dout, out, lse, dlse),
-            Gradients(*(tensor(x, "float16") for x in gradients)),
+            Gradients(*(tensor(x, self.dtype) for x in gradients)),
             replace(TARGET, arch=self.arch),
             allocate,
         )
