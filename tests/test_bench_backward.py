@@ -16,6 +16,7 @@ def test_gold_gradients(load, mask: str, monkeypatch: pytest.MonkeyPatch) -> Non
     """Those of cuattn.reference, in slices too; what is rounded shows, and is no more than a dtype's rounding."""
     peers = load("peers")
     monkeypatch.setattr(peers, "_SCORES", 1000)
+    torch.manual_seed(0)
     dout, q, k, v = (torch.randn(2, 3, 33, columns).bfloat16() for columns in (32, 64, 64, 32))
     gold, unfused = peers.gold_and_unfused_gradients(dout, q, k, v, mask)
     expected = gold_gradients(*(x.double().numpy() for x in (dout, q, k, v)), mask)
@@ -28,9 +29,12 @@ def test_gold_gradients(load, mask: str, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(("dtype", "mask"), [("bfloat16", "causal"), ("float16", "full"), ("float32", "causal")])
 def test_backward(load, dtype: str, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
     backward = load("backward")
+    torch.manual_seed(0)
     given = backward.Given.make(backward.Problem(dtype, mask, 64, 64, 70, 2, 2), "cpu")
     unit = {"flash": given.both(backward.peers.sdpa)}
     assert backward.why_refused(given, unit) is None
+    size = float(given.backward()()[1].float().square().mean()) ** 0.5
+    too_much = (200 if dtype == "float32" else 30) * torch.finfo(given.q.dtype).eps * size  # too little for the norm
     right, attention, runs = cuattn.attention_backward, cuattn.attention, itertools.count()
 
     def changed(change: Any) -> Any:
@@ -39,6 +43,10 @@ def test_backward(load, dtype: str, mask: str, monkeypatch: pytest.MonkeyPatch) 
             return dq, change(dk, args), dv
 
         return gradients
+
+    def one_wrong_element(dk: torch.Tensor, args: Any) -> torch.Tensor:
+        dk[-1, 0, 9, 9] += too_much
+        return dk
 
     def one_bit(tensor: torch.Tensor, wrong: int) -> torch.Tensor:
         tensor.view({2: torch.int16, 4: torch.int32}[tensor.itemsize])[0, 0, -1, -1] ^= wrong
@@ -54,6 +62,10 @@ def test_backward(load, dtype: str, mask: str, monkeypatch: pytest.MonkeyPatch) 
         assert reason in str(backward.why_refused(given, {}))
     monkeypatch.setattr(cuattn, "attention_backward", changed(lambda dk, args: 1.02 * dk))
     assert "dk: relative L2 error" in str(backward.why_refused(given, unit))
+    monkeypatch.setattr(cuattn, "attention_backward", changed(lambda dk, args: dk * torch.nan))
+    assert "dk: relative L2 error nan" in str(backward.why_refused(given, unit))
+    monkeypatch.setattr(cuattn, "attention_backward", changed(one_wrong_element))
+    assert "dk: an element's error" in str(backward.why_refused(given, unit))
     monkeypatch.setattr(cuattn, "attention_backward", right)
     monkeypatch.setattr(cuattn, "attention", autograd_by_hand(attention, wrong=1))
     assert "dq: other bits for autograd" in str(backward.why_refused(given, unit))
@@ -85,6 +97,7 @@ def autograd_by_hand(attention: Any, wrong: int = 0) -> Any:
 def test_backward_is_timed(load, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each figure of each provider that there is; each of them computes the gradients of each set of inputs."""
     backward = load("backward")
+    torch.manual_seed(0)
     problem = backward.Problem("bfloat16", "causal", 64, 64, 40, 2, 2)
     results: list[dict[str, Any]] = []
 
