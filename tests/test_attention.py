@@ -223,16 +223,17 @@ class TestArrays:
         Result(raw_bits(out)[0], raw_bits(lse)[0], dtype).assert_equals(expected, "JAX")
 
     @on_every_backend
-    def test_torch_gradients_are_not_recorded(self, attention: Operation) -> None:
+    def test_torch_gradients_change_no_bits(self, attention: Operation) -> None:
         q, k, v = tensors(self.CASE)
         expected = attention(q, k, v)
         q.requires_grad_()
         v = torch.nn.Parameter(v)
-        out, lse = attention(q, k, v, return_lse=True)
-        assert type(out) is type(lse) is torch.Tensor
-        assert not out.requires_grad
-        assert not lse.requires_grad
-        assert_bitwise_equal(out, expected)
+        for recorded in (True, False):
+            with torch.set_grad_enabled(recorded):
+                out, lse = attention(q, k, v, return_lse=True)
+            assert type(out) is type(lse) is torch.Tensor
+            assert out.requires_grad == lse.requires_grad == recorded
+            assert_bitwise_equal(out, expected)
 
     @on_every_backend
     def test_return_types(self, attention: Operation) -> None:

@@ -107,8 +107,10 @@ class TestArrays:
             cuattn.attention(zeros(1, 2, 5, 64), thing, zeros(1, 2, 7, 64))
 
     def test_memory_of_no_cpu_or_gpu(self, refusal: Any) -> None:
-        meta = torch.zeros(1, 2, 5, 64, dtype=torch.float16, device="meta")
-        assert_says(refusal(meta, meta), TypeError, "q", "a tensor on device meta", "CPU or CUDA memory")
+        sparse = torch.zeros(1, 2, 5, 64, dtype=torch.float16).to_sparse()
+        assert_says(
+            refusal(sparse, sparse), TypeError, "q", "a tensor of layout torch.sparse_coo", "CPU or CUDA memory"
+        )
 
     def test_gpu_arrays_on_a_cpu_backend(self, refusal: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(

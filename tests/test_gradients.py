@@ -1,4 +1,4 @@
-"""torch's autograd and the tensor that ``out`` names: cuattn records no gradients, and says what it writes."""
+"""torch's autograd and the tensor that ``out`` names: what is written there is not recorded, so autograd is told."""
 
 import re
 
@@ -20,6 +20,20 @@ def test_tensors_that_require_grad_are_refused(leaf: bool) -> None:
     message = "out: got a tensor that requires grad, expected one that does not, or torch.no_grad()"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         cuattn.attention(q, q, q, out=out if leaf else out * 1)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_no_gradients_flow_through_it(name: str) -> None:
+    """As for torch's own functions."""
+    inputs = {"q": ones(), "k": ones(), "v": ones()} | {name: ones(requires_grad=True)}
+    out = ones() * 2
+    message = f"out: got a tensor beside {name}, which requires grad, expected None or torch.no_grad()"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        cuattn.attention(**inputs, out=out)
+    assert (out == 2).all()
+    with torch.no_grad():
+        assert cuattn.attention(**inputs, out=out) is out
+    assert (out == 1).all()
 
 
 @on_every_backend
@@ -48,6 +62,8 @@ def test_packed_sequences_too() -> None:
     before = out._version
     cuattn.attention_varlen(q, q, q, starts, starts, out=out)
     assert out._version > before
+    with pytest.raises(ValueError, match=r"^out: got a tensor beside k, which requires grad"):
+        cuattn.attention_varlen(q, q.clone().requires_grad_(), q, starts, starts, out=out)
     with pytest.raises(ValueError, match=r"^out: got a tensor that requires grad"):
         cuattn.attention_varlen(q, q, q, starts, starts, out=out.requires_grad_())
 

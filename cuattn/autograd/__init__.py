@@ -144,6 +144,8 @@ def attention_varlen_backward(
 
 def _checked(mask: str | None, scale: float | None) -> tuple[str, float | None]:
     """What an operator's schema would refuse in its own words."""
+    if torch.compiler.is_compiling() and isinstance(scale, (int, float)):
+        return check_mask(mask), scale  # which may be a symbol here, and is checked where it is a number
     return check_mask(mask), None if scale is None else check_scale(scale, 1)
 
 

@@ -14,7 +14,7 @@ from cuattn.problem import PACKED
 _ALIGNMENT = 16
 
 
-# What the operators compute: plain tensors come in, on the active backend.
+# What the operators compute: of plain tensors, on the active backend.
 
 
 def _attention(
@@ -43,8 +43,8 @@ def _attention_backward(
     scale: float | None,
     layout: str,
 ) -> Any:
-    upstream = _readable(dout), q, k, v, out, lse, _contiguous(dlse)
-    return calls.attention_backward(*upstream, mask, scale, padding, layout, lengths)
+    arrays = _readable(dout), q, k, v, out, lse, _contiguous(dlse)
+    return calls.attention_backward(*arrays, mask, scale, padding, layout, lengths)
 
 
 def _varlen_backward(
@@ -60,8 +60,8 @@ def _varlen_backward(
     mask: str,
     scale: float | None,
 ) -> Any:
-    upstream = _readable(dout), q, k, v, out, lse, _contiguous(dlse)
-    return calls.attention_varlen_backward(*upstream, starts_q, starts_k, mask, None, None, scale)
+    arrays = _readable(dout), q, k, v, out, lse, _contiguous(dlse)
+    return calls.attention_varlen_backward(*arrays, starts_q, starts_k, mask, None, None, scale)
 
 
 def _readable(x: Any) -> Any:

@@ -42,7 +42,7 @@ def _why_not_addressable(tensor: Any) -> str | None:
 
 
 class TorchFramework:
-    """Gradients are not recorded: a tensor that requires them is read as it is, and results do not require any."""
+    """Records no gradients, which `cuattn.autograd` does: a tensor that requires them is read as it is."""
 
     name = "torch"
 
