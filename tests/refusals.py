@@ -22,7 +22,7 @@ def forbid_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **options: Any) -> None:
         pytest.fail("allocated or launched something", pytrace=False)
 
-    for name in ("execute", "execute_append", "execute_partials", "execute_combine"):
+    for name in ("execute", "execute_backward", "execute_append", "execute_partials", "execute_combine"):
         monkeypatch.setattr(dispatch, name, fail)
     for framework in (NumpyFramework, TorchFramework, DlpackFramework):
         monkeypatch.setattr(framework, "empty", fail)
