@@ -15,7 +15,7 @@ from cuattn.partials import attention_partials, chunk_starts, combine
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from cuattn import testing
+    from cuattn import jax, testing
 
 __all__ = [
     "CONTRACT_VERSION",
@@ -30,6 +30,7 @@ __all__ = [
     "attention_varlen_backward",
     "chunk_starts",
     "combine",
+    "jax",
     "precompile",
     "testing",
     "use_backend",
@@ -37,7 +38,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `cuattn.testing` when it is first asked for."""
-    if name == "testing":
-        return importlib.import_module("cuattn.testing")
+    """Imports `cuattn.jax` and `cuattn.testing` when they are first asked for."""
+    if name in ("jax", "testing"):
+        return importlib.import_module(f"cuattn.{name}")
     raise AttributeError(f"module 'cuattn' has no attribute {name!r}")

@@ -1,6 +1,7 @@
 """What the tests of gradients share: inputs that require them, and the gradients that they should get."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from cuattn.testing import assert_bitwise_equal
 
 Tensors = tuple[Tensor, ...]
 both_masks = ("full", "causal")
+causal = functools.partial(cuattn.attention, mask="causal")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -63,3 +65,17 @@ def expected_packed(qkv: Tensors, starts: Tensors, mask: str, dout: Tensor, dlse
 def assert_all_equal(actual: Sequence[Any], wanted: Sequence[Any], name: str = "") -> None:
     for i, (got, want) in enumerate(zip(actual, wanted, strict=True)):
         assert_bitwise_equal(got, want, f"{name} {i}")
+
+
+def both(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    out, lse = causal(q, k, v, return_lse=True, **options)
+    return out, lse
+
+
+def assert_trains(function: Callable[..., Any], qkv: Tensors, **options: Any) -> None:
+    """``function`` of q, k, v gives the output and the LSE, with their gradients."""
+    results = function(*qkv)
+    with torch.no_grad():
+        assert_all_equal(results, both(*qkv, **options))
+    given = upstream(*results)
+    assert_all_equal(gradients(results, qkv, given), expected(qkv, "causal", *given, **options))
