@@ -1,6 +1,7 @@
 """`cuattn.attention_backward` and its packed twin against float64, and the promise for their bits.
 
-The output and the LSE that they take come from the reference, whichever backend computes the gradients.
+The output and the LSE that they take come from the reference, whichever backend computes the gradients; where accuracy
+is measured, from the same backend.
 """
 
 from dataclasses import replace
@@ -264,10 +265,13 @@ def test_invariance(run: Run, mask: str) -> None:
 
 
 @everywhere
-def test_accuracy(run: Run) -> None:
-    for family in ("normal", "large mean"):
-        case = Case(128, 128, "causal", run[1], family=family)
-        testing.assert_gradients_accurate(gradients_on(run[0]), FORWARD, case, TorchLibrary())
+@pytest.mark.parametrize("family", ["normal", "peaked 16", "large mean"])
+def test_accuracy(run: Run, family: str, request: pytest.FixtureRequest) -> None:
+    if (run[0], run[1], family) == (SM_90A, "float32", "peaked 16"):
+        reason = "scores that dk and dv are made of are split into TF32 the other way round than those of the LSE"
+        request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError))
+    case = Case(128, 128, "causal", run[1], family=family)
+    testing.assert_gradients_accurate(gradients_on(run[0]), attention_on(run[0]), case, TorchLibrary())
 
 
 class TestArrays:
