@@ -31,6 +31,7 @@ constexpr int threads = 32 * key_warps * column_warps;
 constexpr int warp_keys = 16 * key_blocks, key_tile = warp_keys * key_warps;
 
 using Operands = Fragments<config::float32, config::bfloat16>;
+using Transposed = TransposedFragments<config::float32, config::bfloat16>;
 using Element = Operands::Element;
 using KeyTile = Tile<tile_dim, sizeof(Element)>;
 using ValueTile = Tile<value_tile_dim, sizeof(Element)>;
@@ -244,7 +245,7 @@ class BlockKeys {
     __device__ __forceinline__ void compute_weights(float (&weight)[key_blocks][blocks][4], u32 records,
                                                     u32 query) const {
         const u32 keys = ptx::shared_address(shared_.key) + key_warp_ * warp_keys * KeyTile::row_bytes;
-        multiply_rows<Operands, KeyTile, groups_of<Operands>(head_dim)>(weight, keys, query, lane_);
+        multiply_rows<Transposed, KeyTile, groups_of<Operands>(head_dim)>(weight, keys, query, lane_);
         const float factor = params_.forward.negate_scores ? -params_.forward.factor : params_.forward.factor;
         for_each<blocks>(records, [&](int m, int b, int c, const RowRecord& row, int key) {
             weight[m][b][c] = weight_of(weight[m][b][c], factor, row, key);
@@ -257,7 +258,7 @@ class BlockKeys {
                                                     const float (&weight)[key_blocks][blocks][4], u32 records,
                                                     u32 dout) const {
         const u32 values = ptx::shared_address(shared_.value) + key_warp_ * warp_keys * ValueTile::row_bytes;
-        multiply_rows<Operands, ValueTile, groups_of<Operands>(value_dim)>(dscore, values, dout, lane_);
+        multiply_rows<Transposed, ValueTile, groups_of<Operands>(value_dim)>(dscore, values, dout, lane_);
         for_each<blocks>(records, [&](int m, int b, int c, const RowRecord& row, int key) {
             dscore[m][b][c] = dscore_of(weight[m][b][c], dscore[m][b][c], row, key);
         });

@@ -249,7 +249,7 @@ def test_double_backward_is_refused(way: Callable[..., Any]) -> None:
     with pytest.raises(NotImplementedError, match=r"^cuattn.jax.attention: double backward is not supported"):
         way(jax.grad(lambda q: once(q).sum()))(q)
     for function in (once, lambda q: attention(q, k, v)):
-        with pytest.raises((TypeError, NotImplementedError), match="forward-mode|double backward"):
+        with pytest.raises((TypeError, NotImplementedError), match=r"forward-mode|double backward"):
             way(lambda q, f=function: jax.jvp(f, (q,), (q,)))(q)
 
 

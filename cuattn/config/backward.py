@@ -222,7 +222,7 @@ class QueriesConfig(_GradientConfig):
 
     @functools.cached_property
     def _shape(self) -> tuple[int, int, int, int, int, int]:
-        """(row warps, blocks of 16 rows a warp, column warps, keys a step, slots of the ring, blocks a multiprocessor)."""
+        """(row warps, blocks of 16 rows a warp, column warps, keys a step, ring slots, blocks a multiprocessor)."""
         for shape in self._candidates():
             row_warps, row_blocks, _, key_step, ring_slots, blocks = shape
             if self._fits(self._bytes(row_warps, row_blocks, key_step, ring_slots), blocks):

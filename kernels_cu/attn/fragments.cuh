@@ -84,23 +84,12 @@ struct Fragments<true, false> {
 
     template <class Rows>
     __device__ __forceinline__ static Left load_left(u32 rows, int group, int lane) {
-        u32 x[4];
-        ptx::ldmatrix_x4(x, rows + Rows::offset(lane & 15, 2 * group + (lane >> 4)));
-        Left left;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) split_left(left, i, __uint_as_float(x[i]));
-        return left;
+        return split<true>(Fragments<false, false>::load_left<Rows>(rows, group, lane).x);
     }
 
     template <class Rows>
     __device__ __forceinline__ static Right load_right(u32 rows, int first_row, int group, int lane) {
-        const int row = (lane & 7) + (lane >> 4) * 8, unit = (lane >> 3) & 1;
-        u32 x[4];
-        ptx::ldmatrix_x4(x, rows + Rows::offset(row + first_row, unit + 2 * group));
-        Right right;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) split_right(right, i, x[i]);
-        return right;
+        return split<false>(Fragments<false, false>::load_right<Rows>(rows, first_row, group, lane).x);
     }
 
     // In the order of from_result: of the group's rows first those of even number.
@@ -112,8 +101,9 @@ struct Fragments<true, false> {
             // Tile::offset of unit (first + lane / 16), with what differs between columns apart, for addresses to share
             const int row = 2 * (lane & 3) + i % 2, first = column / 4 + 2 * (i / 2);
             const u32 unit = (first & ~7) + ((first & 7) ^ (lane >> 4) ^ row);
-            split_right(right, i,
-                        ptx::load_shared_u32(rows + (8 * group + row) * Rows::row_bytes + unit * 16 + lane / 4 % 4 * 4));
+            split_right(
+                right, i,
+                ptx::load_shared_u32(rows + (8 * group + row) * Rows::row_bytes + unit * 16 + lane / 4 % 4 * 4));
         }
         return right;
     }
@@ -128,11 +118,26 @@ struct Fragments<true, false> {
 
     __device__ __forceinline__ static void multiply_add(float (&low)[4], float (&high)[4], const Left& left,
                                                         const Right& right) {
-        add_products(low, left, right, 0);
-        add_products(high, left, right, 2);
+        add_products(low, left, right, 0, left.low, right.high, left.high, right.low);
+        add_products(high, left, right, 2, left.low, right.high, left.high, right.low);
     }
 
-  private:
+  protected:
+    // Four elements of a fragment of the mma instruction, as those of a left or a right operand.
+    template <bool is_left>
+    __device__ __forceinline__ static Left split(const u32 (&x)[4]) {
+        Left both;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if constexpr (is_left) {
+                split_left(both, i, __uint_as_float(x[i]));
+            } else {
+                split_right(both, i, x[i]);
+            }
+        }
+        return both;
+    }
+
     static constexpr u32 kept = 0xffffe000u;  // the bits of a TF32 number; tensor cores do not look at the others
     static constexpr float largest = __builtin_bit_cast(float, 0x7f7fe000u);
 
@@ -151,13 +156,39 @@ struct Fragments<true, false> {
         right.low[i] = __float_as_uint(__fsub_rn(__uint_as_float(x), __uint_as_float(right.high[i]))) + 0x1000u;
     }
 
-    __device__ __forceinline__ static void add_products(float (&sum)[4], const Left& left, const Right& right, int i) {
+    // Adds a0 b0 + a1 b1 + left.high right.high, b being elements i and i + 1 of a right operand.
+    __device__ __forceinline__ static void add_products(float (&sum)[4], const Left& left, const Right& right, int i,
+                                                        const u32 (&a0)[4], const u32 (&b0)[4], const u32 (&a1)[4],
+                                                        const u32 (&b1)[4]) {
         float products[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        ptx::mma_m16n8k8_tf32(products, left.low, right.high[i], right.high[i + 1]);
-        ptx::mma_m16n8k8_tf32(products, left.high, right.low[i], right.low[i + 1]);
+        ptx::mma_m16n8k8_tf32(products, a0, b0[i], b0[i + 1]);
+        ptx::mma_m16n8k8_tf32(products, a1, b1[i], b1[i + 1]);
         ptx::mma_m16n8k8_tf32(products, left.high, right.high[i], right.high[i + 1]);
 #pragma unroll
         for (int c = 0; c < 4; ++c) sum[c] = __fadd_rn(sum[c], products[c]);
+    }
+};
+
+// The same products with the operands' places exchanged: what is a right operand of Fragments stands on the left of the
+// instruction, and the result is transposed, with the same bits.
+template <bool float32, bool bfloat16>
+struct TransposedFragments : Fragments<float32, bfloat16> {};
+template <>
+struct TransposedFragments<true, false> : Fragments<true, false> {
+    template <class Rows>
+    __device__ __forceinline__ static Left load_left(u32 rows, int group, int lane) {
+        return split<false>(Fragments<false, false>::load_left<Rows>(rows, group, lane).x);
+    }
+
+    template <class Rows>
+    __device__ __forceinline__ static Right load_right(u32 rows, int first_row, int group, int lane) {
+        return split<true>(Fragments<false, false>::load_right<Rows>(rows, first_row, group, lane).x);
+    }
+
+    __device__ __forceinline__ static void multiply_add(float (&low)[4], float (&high)[4], const Left& left,
+                                                        const Right& right) {
+        add_products(low, left, right, 0, left.high, right.low, left.low, right.high);
+        add_products(high, left, right, 2, left.high, right.low, left.low, right.high);
     }
 };
 
