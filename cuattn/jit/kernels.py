@@ -63,8 +63,8 @@ def precompile(
     ``archs`` those of the devices present, or without a device all that the installed NVRTC knows. Every function of
     cuattn then finds its kernels for these: prefill and decode, packed or not, caches, pages, padding masks, partial
     results, gradients. ``value_dims`` are head dims of values, each with each of ``head_dims``, such as ``[128]`` for
-    ``[192]``; None means that values have the head dim of queries and keys. ``jobs`` kernels are compiled at a time (None: one a
-    core). ``progress(done, total, kernel)`` is called in this thread as each is ready.
+    ``[192]``; None means that values have the head dim of queries and keys. ``jobs`` kernels are compiled at a time
+    (None: one a core). ``progress(done, total, kernel)`` is called in this thread as each is ready.
 
     Returns the kernels in a fixed order, each once. Raises ValueError for a value that is not supported, CompileError
     and MissingDependencyError.
