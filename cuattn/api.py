@@ -32,8 +32,8 @@ def attention(
         elsewhere in k and v, NaN included, has no effect. The causal diagonal stays where it is: row i sees the keys
         that exist among j <= i + Lk - Lq. Not together with ``kv_lengths``.
     return_lse: also return the natural logarithm of each row's sum of exponentials, float32, contiguous (B, Hq, Lq).
-    out: array to write to, of the result's shape and type; it is returned. It must not overlap the inputs, nor require
-        gradients while torch records them.
+    out: array to write to, of the result's shape and type; it is returned. It must not overlap the inputs. While torch
+        records gradients, neither it nor q, k and v may require them.
     num_splits: a scheduling hint, None or a positive int. Every value gives the same bits.
     kv_lengths: int32 (B,), an array like the others: sequence b has the first kv_lengths[b] keys only (right padding);
         what lies behind, NaN included, is not read. The causal diagonal stays where it is. Read on the device: on a GPU
@@ -43,7 +43,15 @@ def attention(
     lse)``. On a GPU the work is queued on the caller's current stream without synchronising, and can be captured in a
     CUDA graph after a first call. A workspace comes from the caller's allocator: at most (blocks that fill the device)
     x (chunks of the longest possible sequence) x (up to 16 rows) x (Dv + 2) x 4 bytes, and for a key_padding_mask
-    B x (2 Lk + 2) x 4 bytes. There is no autograd: results do not require gradients.
+    B x (2 Lk + 2) x 4 bytes.
+
+    Gradients: torch records them for q, k and v, from the output and from the LSE. They are those of
+    `attention_backward`, bit for bit, in eager mode, torch.compile, torch.func.grad, vjp and vmap (the mapped dimension
+    becomes part of the batch), activation checkpoints and CUDA graphs. A backward pass runs on the backend of its
+    forward pass; in a compiled function on the active one. Saved for it are q, k, v, the output, the LSE, and
+    key_padding_mask or kv_lengths, nothing else. Double backward and forward-mode derivatives raise
+    NotImplementedError; torch.func.grad inside a compiled function is refused by torch. Under torch.autocast q, k and v
+    are cast as for torch's own attention. JAX: `cuattn.jax.attention`.
 
     Guarantee (docs/numerics.md): for one contract version, backend, GPU architecture, dtype, head dims and mask, the
     bits of a row depend on its query, on the keys and values that it sees, in their order, and on the scale. They do
@@ -92,7 +100,8 @@ def attention_varlen(
     max_seqlen_q, max_seqlen_k: accepted for the sake of other packages' signatures; not needed and not used.
     num_splits: a scheduling hint, None or a positive int. Every value gives the same bits.
 
-    Returns the output (Tq, Hq, Dv), or ``(output, lse)`` with the LSE float32 (Hq, Tq). Workspace as in `attention`.
+    Returns the output (Tq, Hq, Dv), or ``(output, lse)`` with the LSE float32 (Hq, Tq). Workspace and gradients as in
+    `attention`, for which the cumulative lengths are saved; torch.func.vmap is refused.
 
     Guarantee: every row has the bits that `attention` gives for its sequence alone. Errors as in `attention`.
     """

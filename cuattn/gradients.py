@@ -22,6 +22,8 @@ def attention_backward(
 ) -> tuple[Any, Any, Any]:
     """The gradients of `attention`, from its inputs and results: P is computed again, memory is O(L).
 
+    For torch's autograd, and for JAX's, there is no need to call this: see `attention` and `cuattn.jax.attention`.
+
     dout: the gradient of out, of its shape and dtype; any strides with a contiguous last dimension and rows that start
         at multiples of 16 bytes.
     q, k, v, mask, scale, key_padding_mask, layout, kv_lengths: as they were given to `attention`.

@@ -7,11 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cuattn import backend
-from cuattn.api import attention as attend
+from cuattn import backend, calls
 from cuattn.checks import check_attention
 from cuattn.errors import MissingDependencyError
-from cuattn.gradients import attention_backward
 from cuattn.problem import Problem
 
 
@@ -137,18 +135,16 @@ def _called(
 
 def _results(options: _Options, q: Any, k: Any, v: Any, padding: Any, lengths: Any) -> Any:
     mask, scale, layout, num_splits, chosen = options
-    numbers = {"key_padding_mask": padding, "kv_lengths": lengths}
     with backend.use_backend(chosen.name, chosen.arch):
-        return attend(q, k, v, mask, scale=scale, return_lse=True, layout=layout, num_splits=num_splits, **numbers)
+        return calls.attention(q, k, v, mask, scale, padding, layout, num_splits, lengths, None, True)
 
 
 def _gradients(
     options: _Options, q: Any, k: Any, v: Any, padding: Any, lengths: Any, out: Any, lse: Any, dout: Any, dlse: Any
 ) -> Any:
     mask, scale, layout, _, chosen = options
-    numbers = {"key_padding_mask": padding, "kv_lengths": lengths}
     with backend.use_backend(chosen.name, chosen.arch):
-        return attention_backward(dout, q, k, v, out, lse, mask, scale=scale, dlse=dlse, layout=layout, **numbers)
+        return calls.attention_backward(dout, q, k, v, out, lse, dlse, mask, scale, padding, layout, lengths)
 
 
 def _on_host(function: Callable[..., Any], options: _Options, ranks: list[int], *arrays: Any) -> Any:

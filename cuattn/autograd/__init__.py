@@ -37,10 +37,11 @@ def is_needed(*arrays: Any) -> bool:
     """
     requires_grad = False
     for x in arrays:
-        if isinstance(x, Tensor):
-            requires_grad = requires_grad or x.requires_grad
-        elif x is not None:
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
             return False
+        requires_grad = requires_grad or x.requires_grad
     return (
         torch.compiler.is_compiling()
         or (requires_grad and torch.is_grad_enabled())

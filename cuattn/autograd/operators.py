@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from cuattn import backend, calls
 from cuattn.checks import LETTERS, check_rank
@@ -164,8 +165,10 @@ def _refuse_vmap(function: str, *others: Any) -> NoReturn:
 def are_plain(inputs: tuple[Any, ...]) -> bool:
     """Whether tensors are memory, and no mode such as FakeTensorMode wants to see what is done with them."""
     for x in inputs:
+        if x is None:
+            continue
         kind = type(x)
-        if kind is Tensor or kind is torch.nn.Parameter:
+        if kind is Tensor or kind is Parameter:
             if x.is_meta:
                 return False
         elif isinstance(x, Tensor):
