@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from packed import Packed, assert_both_equal, bits_of, on_every_cpu, starts_of
 
 from cuattn import env, testing
-from cuattn.testing import BitwiseMismatch, NumpyLibrary, TorchLibrary, assert_bitwise_equal, controls
+from cuattn.testing import BitwiseMismatch, NumpyLibrary, TorchLibrary, assert_bitwise_equal, controls, seen
 from cuattn.testing.arrays import poison
 from cuattn.testing.subject import Operation
 
@@ -149,7 +149,7 @@ class TestControls:
     @pytest.mark.parametrize("attention", backend_params(REFERENCE, SM_80))
     def test_chunks_at_packed_positions(self, attention: Operation, mask: str) -> None:
         case = replace(self.CASE, mask=mask)
-        bad = controls.depends_on_first_key(attention)
+        bad = controls.depends_on(seen.first_key)(attention)
         self.assert_close(case, bad, attention)
         with pytest.raises(BitwiseMismatch):
             case.check(bad)

@@ -15,7 +15,16 @@ from test_invariance_gpu import VALIDATED, on_device, on_host
 import cuattn
 from cuattn import testing
 from cuattn.devices import device_architecture
-from cuattn.testing import BitwiseMismatch, Case, CupyLibrary, Library, TorchLibrary, assert_bitwise_equal, controls
+from cuattn.testing import (
+    BitwiseMismatch,
+    Case,
+    CupyLibrary,
+    Library,
+    TorchLibrary,
+    assert_bitwise_equal,
+    controls,
+    seen,
+)
 from cuattn.testing.arrays import int32_array, raw_bits
 
 pytestmark = pytest.mark.gpu
@@ -79,7 +88,7 @@ class TestAlone:
         """Cuts that depend on the packing or the padding are found out."""
         case = Packed([40, 40, 40], [40, 45, 80])
         with pytest.raises(BitwiseMismatch):
-            case.check(controls.depends_on_first_key(both_forms), library)
+            case.check(controls.depends_on(seen.first_key)(both_forms), library)
         bad = controls.depends_on_padding(cuattn.attention)
         with pytest.raises(BitwiseMismatch):
             assert_both_equal(PADDED.together(bad, library, PADDED.bits()), PADDED.alone(bad, library), "bfloat16")
