@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from packed import RightPadded, assert_both_equal, bits_of, garbage, numbers, on_every_cpu
 
 from cuattn import testing
-from cuattn.testing import BitwiseMismatch, Case, NumpyLibrary, TorchLibrary, assert_bitwise_equal, controls
+from cuattn.testing import BitwiseMismatch, Case, NumpyLibrary, TorchLibrary, assert_bitwise_equal, controls, seen
 from cuattn.testing.arrays import int32_array
 from cuattn.testing.subject import Operation
 
@@ -123,7 +123,7 @@ class TestControls:
     @pytest.mark.parametrize("attention", backend_params(REFERENCE, SM_80))
     def test_cuts_that_depend_on_the_padding(self, attention: Operation, mask: str) -> None:
         batch = RightPadded(replace(CASE, mask=mask), LENGTHS)
-        bad = controls.depends_on_padding(attention)
+        bad = controls.depends_on(seen.padding)(attention)
         with pytest.raises(BitwiseMismatch):
             assert_both_equal(batch.together(bad, TORCH, batch.bits()), batch.alone(bad, TORCH), CASE.dtype)
 

@@ -89,7 +89,7 @@ class TestAlone:
         case = Packed([40, 40, 40], [40, 45, 80])
         with pytest.raises(BitwiseMismatch):
             case.check(controls.depends_on(seen.first_key)(both_forms), library)
-        bad = controls.depends_on_padding(cuattn.attention)
+        bad = controls.depends_on(seen.padding)(cuattn.attention)
         with pytest.raises(BitwiseMismatch):
             assert_both_equal(PADDED.together(bad, library, PADDED.bits()), PADDED.alone(bad, library), "bfloat16")
 
