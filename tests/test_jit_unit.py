@@ -15,8 +15,12 @@ from cuattn.config import (
     AppendConfig,
     ColumnsConfig,
     CombineConfig,
+    CompactConfig,
     ForwardConfig,
     KernelConfig,
+    KeysConfig,
+    QueriesConfig,
+    RowsConfig,
     ScanConfig,
     few_rows,
     many_rows,
@@ -95,6 +99,7 @@ def all_configs() -> Iterator[KernelConfig]:
     for arch in configs.ARCHITECTURES:
         for head_dim, mask, dtype in product(configs.HEAD_DIMS, configs.MASKS, configs.DTYPES):
             yield from configs.attention_configs(head_dim, mask, dtype, arch)
+            yield from configs.backward_configs(head_dim, mask, dtype, arch)
         yield from configs.attention_configs(192, "causal", "bfloat16", arch, 128)
         yield from configs.helper_configs(arch)
 
@@ -113,7 +118,10 @@ def test_nothing_of_the_batch_can_reach_a_unit() -> None:
     for config in all_configs():
         kinds.add(type(config))
         assert not sees_the_batch(jit.kernel_source(config))
-    assert kinds == {ForwardConfig, ColumnsConfig, CombineConfig, AppendConfig, ScanConfig}
+    assert kinds == {
+        *(ForwardConfig, ColumnsConfig, CombineConfig, AppendConfig, ScanConfig),
+        *(RowsConfig, CompactConfig, KeysConfig, QueriesConfig),
+    }
     for kind in kinds:
         fields = {field.name for field in dataclasses.fields(kind)}
         assert fields <= FACTS, kind
