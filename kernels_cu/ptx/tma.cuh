@@ -1,0 +1,30 @@
+// Copies of boxes of a tensor by the copy engine (Tensor Memory Accelerator). PTX ISA: "cp.async.bulk.tensor",
+// "prefetch.tensormap", "fence.proxy.async".
+#pragma once
+
+#include <common/tensor_map.cuh>
+#include <common/types.cuh>
+
+namespace cuattn::ptx {
+
+// Asks for a description that copies will need soon. By one thread.
+__device__ __forceinline__ void tma_prefetch(const TensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// Copies the map's box at the given coordinates to the shared address `to`; what lies outside of the tensor becomes zeros.
+// The bytes of the whole box count at `barrier`. By one thread.
+__device__ __forceinline__ void tma_load_4d(u32 to, const TensorMap& map, int x, int y, int z, int w, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, "
+        "%5}], "
+        "[%6];" ::"r"(to),
+        "l"(&map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier)
+        : "memory");
+}
+
+// Makes this thread's earlier stores to shared memory visible to wgmma and the copy engine, for those threads that a barrier
+// then tells of them.
+__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+}  // namespace cuattn::ptx
