@@ -76,8 +76,18 @@ class PartialParams(ctypes.Structure):
     ]
 
 
-class ColumnsParams(ctypes.Structure):
+class SplitParams(ctypes.Structure):
     _fields_ = [("forward", ForwardParams), ("partials", PartialParams)]
+
+
+class ForwardSm90Params(ctypes.Structure):
+    _fields_ = [
+        ("key_map", TensorMapBytes),
+        ("value_map", TensorMapBytes),
+        ("call", SplitParams),
+        ("merged", _POINTER),
+        ("pieces", _INT),
+    ]
 
 
 class CombineParams(ctypes.Structure):

@@ -2,23 +2,25 @@
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cuattn import config as configs
 from cuattn import contract
-from cuattn.config import ColumnsConfig, ForwardConfig, KernelConfig
+from cuattn.config import ColumnsConfig, ForwardConfig, ForwardSm90Config, KernelConfig
 from cuattn.interop import Tensor
 from cuattn.params import (
     AppendParams,
-    ColumnsParams,
+    SplitParams,
     CombineParams,
     ForwardParams,
+    ForwardSm90Params,
     PartialParams,
     ScanParams,
     SequenceArrays,
     Strides,
 )
 from cuattn.problem import Append, Problem, Sequences
+from cuattn.tensor_map import TensorMap, can_map
 
 LARGEST_GRID = 2**31 - 1
 #: Rows of a sequence and key head (queries times the heads that share a key) up to which chunks are spread over blocks.
@@ -80,7 +82,7 @@ def plan_forward(problem: Problem, out: Tensor, lse: Tensor, target: Target, all
     if few or mixed:
         launches += attend.few_rows(allocate, FEW_ROWS if mixed and not few else LARGEST_GRID)
     if not few:
-        launches.append(attend.many_rows(FEW_ROWS if mixed else 0))
+        launches += attend.many_rows(allocate, FEW_ROWS if mixed else 0)
     return launches
 
 
@@ -225,20 +227,59 @@ class Attend:
             negate_scores=negate,
         )
 
-    def many_rows(self, few_rows: int) -> Launch:
+    def many_rows(self, allocate: Allocate, few_rows: int) -> list[Launch]:
         """A block for each tile of rows; sequences of at most ``few_rows`` rows are left to another launch."""
         problem = self.problem
         sequences = problem.sequences
         shape = (problem.head_dim, problem.value_dim, problem.mask, problem.query.dtype, self.target.arch)
         config = configs.many_rows(*shape, sequences is not None or self.paged, self.paged)
         self.params.sequences.few_rows = few_rows
+        if isinstance(config, ForwardSm90Config):
+            return self._many_rows_sm90(config, allocate)
         if isinstance(config, ForwardConfig):
             self.params.query_tiles = self.tiles_of(config.query_tile, 1)
             grid = problem.batch * problem.query_heads * self.params.query_tiles
-            return self._launch(config, grid, self.params, config.query_tile)
+            return [self._launch(config, grid, self.params, config.query_tile)]
         self.params.query_tiles = self.tiles_of(config.row_tile, problem.group)
         grid = problem.batch * problem.key_heads * self.params.query_tiles
-        return self._launch(config, grid, ColumnsParams(self.params, PartialParams()), config.row_tile)
+        return [self._launch(config, grid, SplitParams(self.params, PartialParams()), config.row_tile)]
+
+    def _many_rows_sm90(self, config: ForwardSm90Config, allocate: Allocate) -> list[Launch]:
+        """The copy engine reads keys and values through maps of them; where there is no such map, threads read them.
+
+        Where the tiles of rows leave multiprocessors idle, several blocks share a tile's chunks.
+        """
+        problem, tensors = self.problem, {"key_map": self.problem.key, "value_map": self.problem.value}
+        if self.paged or not all(can_map(tensor) for tensor in tensors.values()):
+            config, tensors = replace(config, ragged=True, paged=True), {}
+        self.params.query_tiles = self.tiles_of(config.row_tile, problem.group)
+        groups = problem.batch * problem.key_heads * self.params.query_tiles
+        chunks = contract.chunk_count(self.key_length)
+        pieces = max(1, min(chunks, self.target.processors // max(1, groups)))
+        partials, scratch = PartialParams(), {}
+        if pieces > 1:
+            config = replace(config, ragged=True, split=True)
+            scratch = _workspace(groups, chunks, config.row_tile, problem.value_dim, allocate)
+            partials = _partial_params(scratch, chunks, config.row_tile, by_group=True)
+        finished = {}
+        if config.merged_floats and chunks > 1:
+            finished["merged"] = allocate((groups * pieces, config.merged_floats), "float32")
+        params = ForwardSm90Params(
+            call=SplitParams(self.params, partials),
+            merged=finished["merged"].pointer if finished else None,
+            pieces=pieces,
+        )
+        launch = self._launch(config, groups * pieces, params, config.row_tile, {**scratch, **finished})
+        maps = {name: TensorMap.of(tensor, config.key_tile) for name, tensor in tensors.items()}
+        return [replace(launch, tensor_maps=maps), *self._combine(groups, partials, scratch)]
+
+    def _combine(self, slots: int, partials: PartialParams, scratch: dict[str, Tensor]) -> list[Launch]:
+        """The merge of what several blocks have of the same rows, if any."""
+        if not scratch:
+            return []
+        config = configs.CombineConfig(self.problem.value_dim, self.problem.query.dtype, self.target.arch)
+        params = CombineParams(forward=self.params, partials=partials)
+        return [Launch(config, slots * partials.rows, params, {}, self.outputs, scratch=scratch)]
 
     def few_rows(self, allocate: Allocate, few_rows: int) -> list[Launch]:
         """Chunks spread evenly over blocks, and the fold of those of a row that several blocks had.
@@ -272,15 +313,10 @@ class Attend:
         slots = groups if by_group else blocks
         scratch: dict[str, Tensor] = {}
         if chunks > 1 and not (even and groups % blocks == 0):
-            scratch = _partial_tensors(slots * chunks, rows, problem.value_dim, allocate)
-            scratch["groups"] = allocate((slots, GROUP_FIELDS), "int32")
+            scratch = _workspace(slots, chunks, rows, problem.value_dim, allocate)
         partials = _partial_params(scratch, chunks, rows, by_group=by_group)
-        forward = self._launch(config, blocks, ColumnsParams(self.params, partials), config.row_tile, scratch)
-        if not scratch:
-            return [forward]
-        combine = configs.CombineConfig(problem.value_dim, problem.query.dtype, self.target.arch)
-        params = CombineParams(forward=self.params, partials=partials)
-        return [forward, Launch(combine, slots * rows, params, {}, self.outputs, scratch=scratch)]
+        forward = self._launch(config, blocks, SplitParams(self.params, partials), config.row_tile, scratch)
+        return [forward, *self._combine(slots, partials, scratch)]
 
     def partials(self, partials: dict[str, Tensor], first_chunk: int) -> Launch:
         config = self._few_rows_config()
@@ -292,7 +328,7 @@ class Attend:
         groups = problem.batch * problem.key_heads * self.params.query_tiles
         params = _partial_params(partials, chunks, rows, first_chunk=first_chunk)
         grid = min(groups * chunks, self.target.processors * config.blocks_per_multiprocessor)
-        launch = self._launch(config, grid, ColumnsParams(self.params, params), config.row_tile)
+        launch = self._launch(config, grid, SplitParams(self.params, params), config.row_tile)
         outputs = {f"partials.{name}": tensor for name, tensor in partials.items()}
         return Launch(config, grid, launch.params, launch.inputs, outputs)
 
@@ -376,6 +412,12 @@ def _partial_tensors(chunks: int, rows: int, value_dim: int, allocate: Allocate)
         "reference": allocate((chunks, rows), "float32"),
         "sum": allocate((chunks, rows), "float32"),
     }
+
+
+def _workspace(slots: int, chunks: int, rows: int, value_dim: int, allocate: Allocate) -> dict[str, Tensor]:
+    """For the results of chunks of groups of rows, and what the merge must know of each group."""
+    tensors = _partial_tensors(slots * chunks, rows, value_dim, allocate)
+    return {**tensors, "groups": allocate((slots, GROUP_FIELDS), "int32")}
 
 
 def _partial_params(

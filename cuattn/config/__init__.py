@@ -2,11 +2,12 @@
 
 import functools
 
-from cuattn.config import forward
+from cuattn.config import forward, hopper
 from cuattn.config.backward import CompactConfig, KeysConfig, QueriesConfig, RowsConfig
 from cuattn.config.base import ARCHITECTURES, DTYPES, HEAD_DIMS, MASKS, KernelConfig, architecture_of
 from cuattn.config.columns import ColumnsConfig
 from cuattn.config.forward import ForwardConfig
+from cuattn.config.hopper import ForwardSm90Config
 from cuattn.config.small import AppendConfig, CombineConfig, ScanConfig
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "CombineConfig",
     "CompactConfig",
     "ForwardConfig",
+    "ForwardSm90Config",
     "KernelConfig",
     "KeysConfig",
     "QueriesConfig",
@@ -41,8 +43,10 @@ def _is_tiled(head_dim: int, value_dim: int, dtype: str) -> bool:
 @functools.cache
 def many_rows(
     head_dim: int, value_dim: int, mask: str, dtype: str, arch: str, ragged: bool, paged: bool
-) -> ForwardConfig | ColumnsConfig:
+) -> ForwardSm90Config | ForwardConfig | ColumnsConfig:
     """The kernel for prefill. Its signature is the invariance: nothing of the batch can reach the choice."""
+    if arch == hopper.ARCH and dtype in hopper.DTYPES:
+        return ForwardSm90Config(head_dim, value_dim, mask, dtype, arch, ragged, paged)
     if _is_tiled(head_dim, value_dim, dtype):
         return ForwardConfig(head_dim, mask, dtype, arch, ragged, paged)
     return few_rows(head_dim, value_dim, mask, dtype, arch, paged, split=False)
