@@ -101,8 +101,9 @@ def _run(launch: Launch, library: ctypes.CDLL, writers: _Writers, first_block: i
     regions = [region(name, tensor, use) for use, named in tensors.items() for name, tensor in named.items()]
     message = ctypes.create_string_buffer(1024)
     core = hardware.tensor_core(launch.config.arch)
+    params = _aligned(launch.params)
     argument = _Launch(
-        params=ctypes.addressof(launch.params),
+        params=params.ctypes.data,
         regions=(_Region * len(regions))(*regions),
         exp2_table=hardware.exp2_table().ctypes.data,
         error=ctypes.cast(message, ctypes.c_char_p),
@@ -119,6 +120,15 @@ def _run(launch: Launch, library: ctypes.CDLL, writers: _Writers, first_block: i
     )
     if library.emulate(ctypes.byref(argument)):
         raise EmulatorError(f"{launch.config.name}: {message.value.decode()}")
+
+
+def _aligned(params: ctypes.Structure) -> npt.NDArray[np.uint8]:
+    """A copy that starts at a multiple of 64 bytes, as a TensorMap does."""
+    size = ctypes.sizeof(params)
+    room = np.empty(size + 63, np.uint8)
+    copy = room[-room.ctypes.data % 64 :][:size]
+    copy[:] = np.frombuffer(params, np.uint8)
+    return copy
 
 
 def _check_written(name: str, tensor: Tensor, writer: npt.NDArray[np.uint32]) -> None:
