@@ -262,17 +262,22 @@ class Consumer {
         at_ = at_.next();
     }
 
-    // Tiles from `end` on, with which other warpgroups of the block go on.
+    // Tiles from `end` on, with which other warpgroups of the block go on: turns and slots are passed on without work.
     __device__ __forceinline__ void leave_rest(const Part& part, int end) {
         const int first = max(end, part.first_tile);
-        // of the tile `first` the keys have been taken before the values of the one before it
+        if (first == part.end_tile) return;
 #pragma unroll 1
-        for (int step = 2 * first + (first > part.first_tile); step < 2 * part.end_tile; ++step) skip();
-#pragma unroll 1
-        for (int tile = max(first, part.first_tile + 1); tile < part.end_tile; ++tile) {
-            take_turn();
-            pass_turn();
+        for (int tile = first; tile < part.end_tile; ++tile) {
+            if (tile > part.first_tile) {
+                take_turn();
+                pass_turn();
+            }
+            // Behind own tiles the next one's keys have been taken before the values of the last one.
+            if (tile == first && tile > part.first_tile) continue;
+            skip();
+            if (tile > first) skip();
         }
+        skip();
     }
 
     __device__ __forceinline__ void reset() {
