@@ -77,10 +77,11 @@ class Product:
     start: npt.NDArray[np.float32] | None = None
     threads: int = 128
     blocks: int = 1
+    rows: int | None = None  # of the result, unless as many as left's
     source: str = field(default_factory=SOURCE.read_text)
 
     def run(self, schedule: str = "ascending", seed: int = 1) -> Bits:
-        rows, depth = self.left.shape
+        rows, depth = self.rows or len(self.left), self.left.shape[1]
         inputs: dict[str, Array] = {"left": self.left, "right": self.right}
         if self.start is not None:
             inputs["start"] = self.start
