@@ -124,7 +124,7 @@ def prepared_launches(q: Any, k: Any, v: Any, mask: str) -> Call:
 
     def launch() -> Any:
         for one in launches:
-            launch_kernel(one.config, one.grid, one.params, index, stream)
+            launch_kernel(one, index, stream)
         return outputs
 
     return launch

@@ -91,4 +91,4 @@ def _run(backend: Backend, launches: list[Launch], like: Tensor) -> None:
         return
     stream = like.framework.stream(like.device)
     for launch in launches:
-        launch_kernel(launch.config, launch.grid, launch.params, like.device.index, stream)
+        launch_kernel(launch, like.device.index, stream)

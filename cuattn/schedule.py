@@ -19,6 +19,7 @@ from cuattn.params import (
     Strides,
 )
 from cuattn.problem import Append, Problem, Sequences
+from cuattn.tensor_map import TensorMap
 
 LARGEST_GRID = 2**31 - 1
 #: Rows of a sequence and key head (queries times the heads that share a key) up to which chunks are spread over blocks.
@@ -43,7 +44,8 @@ class Launch:
     """One launch and the memory that it touches.
 
     inputs are read; outputs are written, by all launches of a call together completely and each element once; updates
-    are caches, read and written in part; scratch is written and read by launches of this call.
+    are caches, read and written in part; scratch is written and read by launches of this call. tensor_maps describe
+    some of these tensors: they go to the fields of ``params`` of the same names, in the form that the device knows.
     """
 
     config: KernelConfig
@@ -53,6 +55,7 @@ class Launch:
     outputs: dict[str, Tensor] = field(default_factory=dict)
     updates: dict[str, Tensor] = field(default_factory=dict)
     scratch: dict[str, Tensor] = field(default_factory=dict)
+    tensor_maps: dict[str, TensorMap] = field(default_factory=dict)
 
     @property
     def threads(self) -> int:
