@@ -114,7 +114,7 @@ def _key(options: tuple[Any, ...], arrays: tuple[Any, ...]) -> Any:
             return None
         pointers.add(pointer)
         forms.append((x.shape, x.stride(), x.dtype, pointer & 15, graded and x.requires_grad))
-    key = (options, tuple(map(type, options)), device.index, tuple(forms))
+    key = (options, tuple(map(type, options)), env.arch(), device.index, tuple(forms))
     try:
         hash(key)
     except TypeError:

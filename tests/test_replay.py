@@ -229,6 +229,19 @@ def test_another_form_is_another_call(machine: Machine) -> None:
         cuattn.attention(q, k, v, num_splits=True)  # which equals 1
 
 
+def test_another_target_is_another_call(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = qkv()
+    for target in ("sm_90a", "sm_90", None):
+        if target:
+            monkeypatch.setenv("CUATTN_ARCH", target)
+        else:
+            monkeypatch.delenv("CUATTN_ARCH")
+        cuattn.attention(*arrays)
+    assert len(machine.planned) == len(replay._remembered) == 3
+    cuattn.attention(*arrays)
+    assert len(machine.planned) == 3
+
+
 def test_what_a_remembered_call_cannot_know_is_checked_again(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = qkv()
     cuattn.attention(q, k, v)

@@ -4,7 +4,16 @@ import functools
 
 from cuattn.config import forward
 from cuattn.config.backward import CompactConfig, KeysConfig, QueriesConfig, RowsConfig
-from cuattn.config.base import ARCHITECTURES, DTYPES, HEAD_DIMS, MASKS, KernelConfig, architecture_of
+from cuattn.config.base import (
+    ARCHITECTURES,
+    DTYPES,
+    HEAD_DIMS,
+    MASKS,
+    OWN_ARCHITECTURES,
+    KernelConfig,
+    architecture_of,
+    capability,
+)
 from cuattn.config.columns import ColumnsConfig
 from cuattn.config.forward import ForwardConfig
 from cuattn.config.small import AppendConfig, CombineConfig, ScanConfig
@@ -14,6 +23,7 @@ __all__ = [
     "DTYPES",
     "HEAD_DIMS",
     "MASKS",
+    "OWN_ARCHITECTURES",
     "AppendConfig",
     "ColumnsConfig",
     "CombineConfig",
@@ -27,6 +37,7 @@ __all__ = [
     "architecture_of",
     "attention_configs",
     "backward_configs",
+    "capability",
     "few_rows",
     "helper_configs",
     "many_rows",
