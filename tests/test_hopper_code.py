@@ -24,9 +24,8 @@ def wrong_with(config: ForwardSm90Config) -> list[str]:
         errors.append(f"spills: {resources}")
     if resources.serialized:
         errors.append("products are serialized")
-    for instruction in ("HGMMA", "LDGSTS" if config.paged else "UTMALDG", "USETMAXREG"):
-        if not program.find(rf"^{instruction}\b"):
-            errors.append(f"no {instruction}")
+    expected = ("HGMMA", "LDGSTS" if config.paged else "UTMALDG", "USETMAXREG")
+    errors += [f"no {name}" for name in expected if not program.find(rf"^{name}\b")]
     plan = {"DEALLOC": config.producer_registers, "ALLOC": config.consumer_registers}
     for kind, allowed in plan.items():
         (start,) = program.find(rf"^USETMAXREG\.(TRY_)?{kind}")

@@ -21,8 +21,8 @@ MOST_SLOTS = 8
 class ForwardSm90Config(KernelConfig):
     """Attention of many rows through wgmma: each consumer warpgroup has 64 packed rows of a key head.
 
-    Where keys lie a fixed distance apart the copy engine fetches them, else (paged) threads do. With ``split`` (and then
-    ragged) several blocks share the chunks of the same rows.
+    Where keys lie a fixed distance apart the copy engine fetches them, else (paged) threads do. With ``split`` several
+    blocks share the chunks of the same rows; then it is ragged as well.
     """
 
     kernel = "forward_sm90"

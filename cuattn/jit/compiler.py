@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cuattn.config import KernelConfig
+from cuattn.config import KernelConfig, capability
 from cuattn.devices import INSTALL_ADVICE, import_cupy
 from cuattn.errors import CompileError, MissingDependencyError
 from cuattn.jit.listing import listings
@@ -37,11 +37,6 @@ class Resources:
 def flags(config: KernelConfig) -> tuple[str, ...]:
     """NVRTC options of a configuration, all but the include folder: what of them decides the cubin."""
     return ("--std=c++17", f"-arch={config.arch}", *NUMERICS_FLAGS, _REPORT_FLAG)
-
-
-def capability(arch: str) -> int:
-    """The compute capability of a target: 90 for "sm_90a"."""
-    return int(arch.removeprefix("sm_").rstrip("a"))
 
 
 def nvrtc_version() -> tuple[int, int]:
