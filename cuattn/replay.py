@@ -197,7 +197,7 @@ class _Call:
             for offset, _ in fields:
                 struct.pack_into("=Q", argument, offset, 0)
             maps = tuple(
-                (getattr(type(launch.params), name).offset, places[one.pointer], one)
+                (getattr(type(launch.params), name).offset, places[one.pointer], one.at(0))
                 for name, one in launch.tensor_maps.items()
             )
             prepared.append(_Prepared(loaded(launch.config, device), launch.grid, bytes(argument), pointers, maps))

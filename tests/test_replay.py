@@ -16,7 +16,7 @@ from cuattn.interop import import_tensor
 from cuattn.launches import Launch
 from cuattn.params import TensorMapBytes, mapped
 from cuattn.problem import Problem
-from cuattn.tensor_map import TensorMap, encode_emulated
+from cuattn.tensor_map import BYTES, TensorMap, encode_emulated
 
 
 class Launched(NamedTuple):
@@ -60,6 +60,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     monkeypatch.setattr(replay, "_current_device", lambda: None)
     monkeypatch.setattr(replay, "_stream", lambda index: 7)
     monkeypatch.setattr(replay, "_bind", lambda index: None)
+    monkeypatch.setattr(replay, "encode", encode_emulated)
     monkeypatch.setattr(replay, "loaded", lambda config, index: Stub(config, made.launched))
     monkeypatch.setattr(dispatch.emulator, "run", made.run)
     replay.forget()
@@ -160,6 +161,9 @@ def test_every_pointer_is_that_of_the_call(machine: Machine, name: str) -> None:
             if number < given:
                 assert pointer == arrays[number].data_ptr()
             rest[place : place + 8] = bytes(8)
+        for place, number, one in prepared.maps:
+            assert launch.argument[place : place + BYTES] == encode_emulated(one.at(arrays[number].data_ptr()))
+            rest[place : place + BYTES] = bytes(BYTES)
         assert rest == prepared.argument
 
 
