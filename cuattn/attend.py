@@ -1,6 +1,7 @@
 """How attention is spread over the device: the one place that sees the batch. Nothing here can change a bit."""
 
 import ctypes
+import functools
 from dataclasses import replace
 
 from cuattn import config as configs
@@ -66,12 +67,20 @@ class Attend:
             negate_scores=negate,
         )
 
+    @functools.cached_property
+    def many_rows_config(self) -> ForwardSm90Config | ForwardConfig | ColumnsConfig:
+        problem = self.problem
+        shape = (problem.head_dim, problem.value_dim, problem.mask, problem.query.dtype, self.target.arch)
+        return configs.many_rows(*shape, problem.sequences is not None or self.paged, self.paged)
+
+    @property
+    def shares_many_rows(self) -> bool:
+        """Whether several blocks can share the chunks of many rows."""
+        return isinstance(self.many_rows_config, ForwardSm90Config)
+
     def many_rows(self, allocate: Allocate, few_rows: int) -> list[Launch]:
         """A block for each tile of rows; sequences of at most ``few_rows`` rows are left to another launch."""
-        problem = self.problem
-        sequences = problem.sequences
-        shape = (problem.head_dim, problem.value_dim, problem.mask, problem.query.dtype, self.target.arch)
-        config = configs.many_rows(*shape, sequences is not None or self.paged, self.paged)
+        problem, config = self.problem, self.many_rows_config
         self.params.sequences.few_rows = few_rows
         if isinstance(config, ForwardSm90Config):
             return self._many_rows_sm90(config, allocate)
@@ -86,7 +95,7 @@ class Attend:
     def _many_rows_sm90(self, config: ForwardSm90Config, allocate: Allocate) -> list[Launch]:
         """The copy engine reads keys and values through maps of them; where there is no such map, threads read them.
 
-        Where the tiles of rows leave multiprocessors idle, several blocks share a tile's chunks.
+        Where the tiles of rows leave multiprocessors idle, or the caller says so, several blocks share a tile's chunks.
         """
         problem, tensors = self.problem, {"key_map": self.problem.key, "value_map": self.problem.value}
         if self.paged or not all(can_map(tensor) for tensor in tensors.values()):
@@ -94,7 +103,7 @@ class Attend:
         self.params.query_tiles = self.tiles_of(config.row_tile, problem.group)
         groups = problem.batch * problem.key_heads * self.params.query_tiles
         chunks = contract.chunk_count(self.key_length)
-        pieces = max(1, min(chunks, self.target.processors // max(1, groups)))
+        pieces = max(1, min(chunks, problem.num_splits or self.target.processors // max(1, groups)))
         partials, scratch = PartialParams(), {}
         if pieces > 1:
             config = replace(config, ragged=True, split=True)

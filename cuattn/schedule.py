@@ -25,7 +25,8 @@ def plan_forward(problem: Problem, out: Tensor, lse: Tensor, target: Target, all
     attend = Attend(problem, out, lse, target, tables)
     packed = problem.sequences is not None and problem.sequences.query_starts is not None
     mixed = packed and problem.sequences is not None and problem.sequences.cached
-    few = problem.num_splits is not None or (not packed and problem.query_length * problem.group <= FEW_ROWS)
+    few = not packed and problem.query_length * problem.group <= FEW_ROWS
+    few = few or (problem.num_splits is not None and not attend.shares_many_rows)
     if few or mixed:
         launches += attend.few_rows(allocate, FEW_ROWS if mixed and not few else LARGEST_GRID)
     if not few:
