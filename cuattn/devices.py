@@ -3,7 +3,8 @@
 import functools
 from typing import Any
 
-from cuattn.config import architecture_of
+from cuattn import env
+from cuattn.config import ARCHITECTURES, architecture_of, capability
 from cuattn.errors import MissingDependencyError
 
 INSTALL_ADVICE = "pip install 'cuattn[cuda13]', or 'cuattn[cuda12]' for a driver of CUDA 12"
@@ -28,9 +29,22 @@ def device_count() -> int:
         return 0
 
 
-@functools.cache
 def device_architecture(index: int) -> str:
-    """The compilation target of a device, such as "sm_90a". Raises NotImplementedError for one that has none."""
+    """The compilation target of a device, such as "sm_90a": that of its compute capability, or what CUATTN_ARCH names.
+
+    Raises NotImplementedError for a device that has none, and ValueError where the variable names another device's.
+    """
+    own, named = _own_architecture(index), env.arch()
+    if named is None:
+        return own
+    choices = [arch for arch in ARCHITECTURES if capability(arch) == capability(own)]
+    if named not in choices:
+        raise ValueError(f"{env.ARCH}: got {named!r}, expected {' or '.join(choices)} for the device cuda:{index}")
+    return named
+
+
+@functools.cache
+def _own_architecture(index: int) -> str:
     return architecture_of(import_cupy().cuda.Device(index).compute_capability)
 
 

@@ -13,8 +13,11 @@ CACHE_DIR = "CUATTN_CACHE_DIR"
 COMPILER = "CXX"
 #: "1": lengths and pages that lie on a GPU are read and checked before a launch, which waits for the GPU. Default "0".
 CHECK = "CUATTN_CHECK"
+#: The compilation target of kernels, of the device's compute capability, in place of the device's own; "sm_90" on a
+#: Hopper GPU: the portable kernels.
+ARCH = "CUATTN_ARCH"
 
-VARIABLES = (BACKEND, KERNEL_DIR, CACHE_DIR, COMPILER, CHECK)
+VARIABLES = (BACKEND, KERNEL_DIR, CACHE_DIR, COMPILER, CHECK, ARCH)
 
 
 def backend() -> str:
@@ -52,3 +55,8 @@ def check() -> bool:
     if value not in ("0", "1"):
         raise ValueError(f"{CHECK}: got {value!r}, expected '0' or '1'")
     return value == "1"
+
+
+def arch() -> str | None:
+    """A target by name, which `cuattn.devices` checks; None for the device's own."""
+    return os.environ.get(ARCH) or None

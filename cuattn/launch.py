@@ -8,6 +8,8 @@ from typing import Any
 from cuattn.config import KernelConfig
 from cuattn.devices import device_architecture, device_count, import_cupy, processor_count
 from cuattn.jit import check_driver, cubin_path
+from cuattn.launches import Launch
+from cuattn.tensor_map import argument, encode
 
 __all__ = ["device_architecture", "device_count", "launch_kernel", "loaded", "processor_count"]
 
@@ -39,19 +41,21 @@ def _driver() -> Any:
     return driver
 
 
-def launch_kernel(config: KernelConfig, grid: int, params: ctypes.Structure, device_index: int, stream: int) -> None:
+def launch_kernel(launch: Launch, device_index: int, stream: int) -> None:
     """Launches ``grid`` blocks of ``config.threads`` threads on a raw stream of a device; returns at once.
 
-    ``params`` is copied at the launch as the kernel's one argument; the memory that it points to must live until the
-    kernel has run. The first launch of a configuration on a device compiles and loads it; from the second on, a launch
-    can be captured in a CUDA graph. A loaded kernel stays for the life of the process. No blocks, no launch.
+    ``params`` is copied at the launch as the kernel's one argument, with the tensor maps filled in; the memory that it
+    points to must live until the kernel has run. The first launch of a configuration on a device compiles and loads it;
+    from the second on, a launch can be captured in a CUDA graph. A loaded kernel stays for the life of the process. No
+    blocks, no launch.
 
     Raises CompileError and MissingDependencyError from the first launch.
     """
-    if grid == 0:
+    if launch.grid == 0:
         return  # an error to the driver
     with import_cupy().cuda.Device(device_index):
-        loaded(config, device_index).launch(grid, bytearray(params), stream)
+        kernel = loaded(launch.config, device_index)
+        kernel.launch(launch.grid, argument(launch.params, launch.tensor_maps, encode), stream)
 
 
 def loaded(config: KernelConfig, device_index: int) -> Kernel:

@@ -1,6 +1,10 @@
 """The arguments of the kernels: the mirror of kernels_cu/attn/params.cuh, field by field."""
 
 import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+from cuattn import tensor_map
 
 _POINTER, _INT, _LONG, _WORD, _FLOAT = (
     ctypes.c_void_p,
@@ -9,6 +13,25 @@ _POINTER, _INT, _LONG, _WORD, _FLOAT = (
     ctypes.c_uint32,
     ctypes.c_float,
 )
+
+
+class TensorMapBytes(ctypes.Structure):
+    """Room for a tensor map, which whoever launches fills in from `Launch.tensor_maps`."""
+
+    _fields_ = [("words", ctypes.c_uint64 * (tensor_map.BYTES // 8))]
+
+
+def mapped(fields: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """The fields of a struct that has tensor maps, which stand first: with the padding that C++ adds at its end.
+
+    There a map's address, and so the struct's size, is a multiple of 64, which ctypes knows nothing of.
+    """
+
+    class Unpadded(ctypes.Structure):
+        _fields_ = fields
+
+    padding = -ctypes.sizeof(Unpadded) % tensor_map.ALIGNMENT
+    return [*fields, ("padding", ctypes.c_char * padding)] if padding else [*fields]
 
 
 class Strides(ctypes.Structure):
@@ -76,8 +99,20 @@ class PartialParams(ctypes.Structure):
     ]
 
 
-class ColumnsParams(ctypes.Structure):
+class SplitParams(ctypes.Structure):
     _fields_ = [("forward", ForwardParams), ("partials", PartialParams)]
+
+
+class ForwardSm90Params(ctypes.Structure):
+    _fields_ = mapped(
+        [
+            ("key_map", TensorMapBytes),
+            ("value_map", TensorMapBytes),
+            ("call", SplitParams),
+            ("merged", _POINTER),
+            ("pieces", _INT),
+        ]
+    )
 
 
 class CombineParams(ctypes.Structure):

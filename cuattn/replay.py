@@ -20,7 +20,8 @@ from cuattn import backend, env
 from cuattn.devices import import_cupy
 from cuattn.interop import Tensor
 from cuattn.launch import Kernel, loaded
-from cuattn.schedule import Launch
+from cuattn.launches import Launch
+from cuattn.tensor_map import BYTES, TensorMap, encode
 
 #: torch's types of devices, and the backends, whose calls are remembered.
 DEVICES = ("cuda",)
@@ -113,7 +114,7 @@ def _key(options: tuple[Any, ...], arrays: tuple[Any, ...]) -> Any:
             return None
         pointers.add(pointer)
         forms.append((x.shape, x.stride(), x.dtype, pointer & 15, graded and x.requires_grad))
-    key = (options, tuple(map(type, options)), device.index, tuple(forms))
+    key = (options, tuple(map(type, options)), env.arch(), device.index, tuple(forms))
     try:
         hash(key)
     except TypeError:
@@ -141,12 +142,13 @@ def _bind(device_index: int) -> None:
 
 
 class _Prepared(NamedTuple):
-    """A launch: the argument's bytes, and which pointers go where, as (place, number of the array)."""
+    """A launch: the argument, and which pointers and tensor maps go where in it, as (place, number of the array)."""
 
     kernel: Kernel
     grid: int
     argument: bytes
     pointers: tuple[tuple[int, int], ...]
+    maps: tuple[tuple[int, int, TensorMap], ...]
 
 
 class _Made(NamedTuple):
@@ -187,13 +189,18 @@ class _Call:
         prepared, device = [], arrays[0].device.index
         for launch in launches:
             fields = list(_pointer_fields(launch.params))
-            if any(pointer not in places for _, pointer in fields):
+            described = launch.tensor_maps.values()
+            if any(pointer not in places for pointer in [*(p for _, p in fields), *(m.pointer for m in described)]):
                 return None
             pointers = tuple((offset, places[pointer]) for offset, pointer in fields)
             argument = bytearray(launch.params)
             for offset, _ in fields:
                 struct.pack_into("=Q", argument, offset, 0)
-            prepared.append(_Prepared(loaded(launch.config, device), launch.grid, bytes(argument), pointers))
+            maps = tuple(
+                (getattr(type(launch.params), name).offset, places[one.pointer], one.at(0))
+                for name, one in launch.tensor_maps.items()
+            )
+            prepared.append(_Prepared(loaded(launch.config, device), launch.grid, bytes(argument), pointers, maps))
         names = list(outputs)
         return cls(
             tuple(prepared),
@@ -228,6 +235,8 @@ class _Call:
             argument = bytearray(launch.argument)
             for place, number in launch.pointers:
                 struct.pack_into("=Q", argument, place, everything[number].data_ptr())
+            for place, number, one in launch.maps:
+                argument[place : place + BYTES] = encode(one.at(everything[number].data_ptr()))
             launch.kernel.launch(launch.grid, argument, stream)
         for u in self.updates:
             if arrays[u] is not None and not arrays[u].is_inference():

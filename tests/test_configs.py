@@ -1,6 +1,7 @@
 """Which kernels there are: every one fits its architecture, and calls ask for those that are compiled ahead of time."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -21,7 +22,7 @@ from cuattn.config import (
     many_rows,
 )
 from cuattn.config.columns import ColumnsConfig
-from cuattn.schedule import Launch
+from cuattn.launches import Launch
 
 
 def check_fit(config: KernelConfig, arch: str, blocks: int = 1) -> None:
@@ -107,3 +108,13 @@ def test_calls_ask_for_the_kernels_that_are_compiled_ahead_of_time(
     assert len(set(compiled)) == len(compiled)
     compiled += configs.backward_configs(head_dim, "causal", dtype, "sm_80", value_dim)
     assert asked == {*compiled, *configs.helper_configs("sm_80")}
+
+
+def test_the_portable_kernels_are_tuned_for_hopper_whatever_its_target_is_called() -> None:
+    plain = configs.helper_configs("sm_90")
+    for head_dim, dtype, mask in product(HEAD_DIMS, DTYPES, configs.MASKS):
+        plain += configs.attention_configs(head_dim, mask, dtype, "sm_90")
+        plain += backward_configs(head_dim, mask, dtype, "sm_90")
+    for one in plain:
+        own = replace(one, arch="sm_90a")
+        assert (own.constants, own.threads, own.shared_bytes) == (one.constants, one.threads, one.shared_bytes)

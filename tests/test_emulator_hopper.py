@@ -267,7 +267,9 @@ BUGS = {
         "shared store .* is an mbarrier",
     ),
     "a misaligned barrier": Bug(
-        "full = tiles + stages * stage_bytes,", "full = tiles + stages * stage_bytes + 4,", "mbarrier_init .* misaligned"
+        "full = tiles + stages * stage_bytes,",
+        "full = tiles + stages * stage_bytes + 4,",
+        "mbarrier_init .* misaligned",
     ),
     "a barrier outside of shared memory": Bug(
         "empty = full + stages * 8;", "empty = full + 0x40000;", "mbarrier_init .* outside of shared memory"

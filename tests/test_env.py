@@ -7,7 +7,7 @@ import pytest
 from cuattn import env
 
 
-@pytest.mark.parametrize("read", [env.backend, env.kernel_dir, env.cache_dir, env.compiler, env.check])
+@pytest.mark.parametrize("read", [env.backend, env.kernel_dir, env.cache_dir, env.compiler, env.check, env.arch])
 def test_empty_means_not_set(read, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in env.VARIABLES:
         monkeypatch.delenv(variable, raising=False)
@@ -32,7 +32,8 @@ def test_what_is_set_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv(env.CACHE_DIR, str(tmp_path))
     monkeypatch.setenv(env.COMPILER, "ccache g++")
     monkeypatch.setenv(env.CHECK, "1")
-    assert (env.cache_dir(), env.compiler(), env.check()) == (tmp_path, "ccache g++", True)
+    monkeypatch.setenv(env.ARCH, "sm_90")
+    assert (env.cache_dir(), env.compiler(), env.check(), env.arch()) == (tmp_path, "ccache g++", True, "sm_90")
 
 
 def test_checks_are_on_or_off(monkeypatch: pytest.MonkeyPatch) -> None:

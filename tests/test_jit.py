@@ -287,7 +287,7 @@ def test_precompile_takes_the_devices_at_hand_or_all_that_nvrtc_knows(monkeypatc
         ({"masks": "causal"}, "masks: got 'causal', expected None or a list of values among full, causal"),
         ({"dtypes": ["float64"]}, "dtypes: got 'float64', expected values among float16, bfloat16, float32"),
         ({"value_dims": [0]}, "value_dims: got 0, expected values among 8, 16, "),
-        ({"archs": ["sm_90"]}, "archs: got 'sm_90', expected values among sm_80, "),
+        ({"archs": ["sm_91"]}, "archs: got 'sm_91', expected values among sm_80, "),
         ({"jobs": 0}, "jobs: got 0, expected None or a number of at least 1"),
     ],
 )

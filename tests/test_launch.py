@@ -8,6 +8,7 @@ import pytest
 
 from cuattn import devices, env, launch
 from cuattn.config import ForwardConfig
+from cuattn.launches import Launch
 
 KERNEL = """struct Params { int* out; int value; char padding[84]; int last; };
 extern "C" __global__ void forward_sm80(const Params params) {
@@ -37,7 +38,7 @@ def test_without_cupy_there_is_no_device(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_no_blocks_need_no_device() -> None:
-    launch.launch_kernel(ForwardConfig(64, "full", "float16", "sm_80"), 0, Params(), 0, 0)
+    launch.launch_kernel(Launch(ForwardConfig(64, "full", "float16", "sm_80"), 0, Params(), {}), 0, 0)
 
 
 @pytest.mark.gpu
@@ -56,7 +57,7 @@ def test_launches_run_on_the_stream_they_are_given(tmp_path: Path, monkeypatch: 
         params = Params(out.data.ptr, 1000, b"", 7)
 
         def run(stream: int) -> None:
-            launch.launch_kernel(config, grid, params, 0, stream)
+            launch.launch_kernel(Launch(config, grid, params, {}), 0, stream)
 
         run(0)
         cupy.cuda.Device(0).synchronize()

@@ -1,6 +1,9 @@
 """Remembered calls: what is launched again is what would be planned anew, and what differs is noticed."""
 
+import ctypes
+import struct
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -9,7 +12,11 @@ import torch
 import cuattn
 from cuattn import dispatch, replay
 from cuattn.config import KernelConfig
-from cuattn.schedule import Launch
+from cuattn.interop import import_tensor
+from cuattn.launches import Launch
+from cuattn.params import TensorMapBytes, mapped
+from cuattn.problem import Problem
+from cuattn.tensor_map import BYTES, TensorMap, encode_emulated
 
 
 class Launched(NamedTuple):
@@ -53,6 +60,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     monkeypatch.setattr(replay, "_current_device", lambda: None)
     monkeypatch.setattr(replay, "_stream", lambda index: 7)
     monkeypatch.setattr(replay, "_bind", lambda index: None)
+    monkeypatch.setattr(replay, "encode", encode_emulated)
     monkeypatch.setattr(replay, "loaded", lambda config, index: Stub(config, made.launched))
     monkeypatch.setattr(dispatch.emulator, "run", made.run)
     replay.forget()
@@ -153,7 +161,55 @@ def test_every_pointer_is_that_of_the_call(machine: Machine, name: str) -> None:
             if number < given:
                 assert pointer == arrays[number].data_ptr()
             rest[place : place + 8] = bytes(8)
+        for place, number, one in prepared.maps:
+            assert launch.argument[place : place + BYTES] == encode_emulated(one.at(arrays[number].data_ptr()))
+            rest[place : place + BYTES] = bytes(BYTES)
         assert rest == prepared.argument
+
+
+class MappedParams(ctypes.Structure):
+    """Arguments of a kernel that reads keys through the copy engine."""
+
+    _fields_ = mapped([("key_map", TensorMapBytes), ("value_map", TensorMapBytes), ("out", ctypes.c_void_p)])
+
+
+def with_maps(planned: list[Launch], problem: Problem) -> list[Launch]:
+    """The launches, each with maps in front; rows of a box as many as the launch's number, counted from 1."""
+    maps = [
+        {"key_map": TensorMap.of(problem.key, i + 1), "value_map": TensorMap.of(problem.value, i + 1)}
+        for i in range(len(planned))
+    ]
+    params = [MappedParams(out=one.outputs["out"].pointer) for one in planned]
+    return [replace(x, params=p, tensor_maps=m) for x, p, m in zip(planned, params, maps, strict=True)]
+
+
+def test_maps_are_those_of_the_call(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = dispatch.plan_forward
+    monkeypatch.setattr(dispatch, "plan_forward", lambda problem, *rest: with_maps(plan(problem, *rest), problem))
+    monkeypatch.setattr(replay, "encode", encode_emulated)
+    first, second = qkv(), qkv()
+    cuattn.attention(*first)
+    (planned,) = machine.planned
+    out = cuattn.attention(*second)
+    assert len(machine.planned) == 1
+    (launched,) = machine.launched
+    maps = [
+        planned.tensor_maps[name].at(x.data_ptr()) for name, x in (("key_map", second[1]), ("value_map", second[2]))
+    ]
+    assert maps[0].dims == (64, 700, 2, 2)
+    assert launched.argument[:256] == b"".join(map(encode_emulated, maps))
+    assert launched.argument[256:] == struct.pack("=Q", out.data_ptr()) + bytes(56)
+
+
+def test_a_map_of_an_unknown_array_is_not_remembered(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, elsewhere = dispatch.plan_forward, import_tensor(normal(2, 2, 700, 64), "k")
+
+    def planned(problem: Problem, *rest: Any) -> list[Launch]:
+        return with_maps(plan(problem, *rest), replace(problem, key=elsewhere))
+
+    monkeypatch.setattr(dispatch, "plan_forward", planned)
+    cuattn.attention(*qkv())
+    assert replay._remembered == {}
 
 
 def test_another_form_is_another_call(machine: Machine) -> None:
@@ -175,6 +231,19 @@ def test_another_form_is_another_call(machine: Machine) -> None:
     assert machine.launched == []
     with pytest.raises(TypeError, match="num_splits: got bool"):
         cuattn.attention(q, k, v, num_splits=True)  # which equals 1
+
+
+def test_another_target_is_another_call(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = qkv()
+    for target in ("sm_90a", "sm_90", None):
+        if target:
+            monkeypatch.setenv("CUATTN_ARCH", target)
+        else:
+            monkeypatch.delenv("CUATTN_ARCH")
+        cuattn.attention(*arrays)
+    assert len(machine.planned) == len(replay._remembered) == 3
+    cuattn.attention(*arrays)
+    assert len(machine.planned) == 3
 
 
 def test_what_a_remembered_call_cannot_know_is_checked_again(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

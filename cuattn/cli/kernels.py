@@ -25,7 +25,10 @@ def add_commands(commands: Any) -> None:
     precompile.add_argument("--mask", nargs="+", choices=MASKS, help="default: all")
     precompile.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: all")
     precompile.add_argument(
-        "--arch", nargs="+", choices=list(ARCHITECTURES), help="default: the devices present; without one, all"
+        "--arch",
+        nargs="+",
+        choices=list(ARCHITECTURES),
+        help="default: those of the devices present; without one, that of each compute capability",
     )
     precompile.add_argument("--jobs", type=_positive, help="kernels compiled at a time; default: one a core")
     precompile.set_defaults(run=run_precompile)

@@ -5,7 +5,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cuattn.config.base import ARCHITECTURES, Constants, KernelConfig, itemsize, place_bytes, tile_columns
+from cuattn.config.base import ARCHITECTURES, HOPPER, Constants, KernelConfig, itemsize, place_bytes, tile_columns
 from cuattn.config.small import HelperConfig
 
 #: Bytes of a RowRecord in kernels_cu/attn/params.cuh.
@@ -166,7 +166,7 @@ class KeysConfig(_GradientConfig):
                 yield from ((4, 2, 1, 64, 32, 2), (4, 2, 1, 64, 32, 1))
             yield from ((4, 1, 1, 64, 64, 2), (4, 1, 1, 32, 32, 1))
         elif self._largest_dim <= 128:
-            if self.arch == "sm_90a":  # elsewhere ptxas spills
+            if self.arch in HOPPER:  # elsewhere ptxas spills
                 yield (8, 1, 1, 64, 64, 1)
             yield from ((8, 1, 1, 64, 32, 1), (8, 1, 1, 32, 32, 1), (4, 1, 1, 32, 32, 1))
         else:
@@ -239,7 +239,7 @@ class QueriesConfig(_GradientConfig):
         elif self._largest_dim <= 64:
             yield from ((4, 2, 1, 64, 2, 2), (4, 2, 1, 32, 2, 1))
         elif self._largest_dim <= 128:
-            if not self.paged and self.arch in ("sm_80", "sm_87", "sm_90a"):  # elsewhere ptxas spills
+            if not self.paged and self.arch in ("sm_80", "sm_87", *HOPPER):  # elsewhere ptxas spills
                 yield (4, 2, 1, 32, 2, 2)
                 yield (4, 2, 1, 32, 2, 1)
             yield from ((4, 1, 1, 64, 2, 2), (4, 1, 1, 64, 2, 1), (4, 1, 1, 32, 2, 1))

@@ -13,6 +13,7 @@ ARCHITECTURES = {
     "sm_86": 99 * 1024,
     "sm_87": 163 * 1024,
     "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
     "sm_90a": 227 * 1024,
     "sm_100a": 227 * 1024,
     "sm_103a": 227 * 1024,
@@ -20,18 +21,27 @@ ARCHITECTURES = {
     "sm_120": 99 * 1024,
     "sm_121": 99 * 1024,
 }
+#: Hopper: without what it alone has, which serves for comparison where CUATTN_ARCH asks for it, and with it.
+HOPPER = ("sm_90", "sm_90a")
+#: The target of each compute capability.
+OWN_ARCHITECTURES = tuple(arch for arch in ARCHITECTURES if arch != "sm_90")
+
+
+def capability(arch: str) -> int:
+    """The compute capability of a target: 90 for "sm_90a"."""
+    return int(arch.removeprefix("sm_").rstrip("a"))
 
 
 def architecture_of(compute_capability: str) -> str:
-    """Target for a compute capability such as "90": the entry of ARCHITECTURES with that number.
+    """Target for a compute capability such as "90": the entry of OWN_ARCHITECTURES with that number.
 
     Raises NotImplementedError for a capability without an entry.
     """
-    for arch in ARCHITECTURES:
-        if arch.removeprefix("sm_").rstrip("a") == compute_capability:
+    for arch in OWN_ARCHITECTURES:
+        if capability(arch) == int(compute_capability):
             return arch
     raise NotImplementedError(
-        f"device: got compute capability {compute_capability}, expected one of {', '.join(ARCHITECTURES)}"
+        f"device: got compute capability {compute_capability}, expected one of {', '.join(OWN_ARCHITECTURES)}"
     )
 
 

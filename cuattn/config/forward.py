@@ -4,7 +4,7 @@ import functools
 from dataclasses import dataclass
 
 from cuattn import contract
-from cuattn.config.base import ARCHITECTURES, Constants, KernelConfig, place_bytes, tile_columns
+from cuattn.config.base import ARCHITECTURES, HOPPER, Constants, KernelConfig, place_bytes, tile_columns
 
 #: What the kernel serves: one head dim for queries, keys and values, up to this one.
 LARGEST_HEAD_DIM = 128
@@ -68,7 +68,7 @@ class ForwardConfig(KernelConfig):
         if self.tile_dim > 64:
             return 1
         plain = self.head_dim == self.tile_dim and not self.ragged
-        return 3 if plain and self.arch in ("sm_87", "sm_90a") else 2
+        return 3 if plain and self.arch in ("sm_87", *HOPPER) else 2
 
     @functools.cached_property
     def warps(self) -> int:

@@ -10,7 +10,9 @@ from cuattn.config import KernelConfig
 from cuattn.emulator import build, hardware
 from cuattn.errors import EmulatorError
 from cuattn.interop import Tensor
-from cuattn.schedule import Launch
+from cuattn.interop.numpy_ import aligned_empty
+from cuattn.launches import Launch
+from cuattn.tensor_map import argument, encode_emulated
 
 #: Orders in which threads run and copies land; random ones vary by seed. A correct kernel has the same bits under all.
 SCHEDULES = ("ascending", "descending", "random")
@@ -101,8 +103,10 @@ def _run(launch: Launch, library: ctypes.CDLL, writers: _Writers, first_block: i
     regions = [region(name, tensor, use) for use, named in tensors.items() for name, tensor in named.items()]
     message = ctypes.create_string_buffer(1024)
     core = hardware.tensor_core(launch.config.arch)
-    params = _aligned(launch.params)
-    argument = _Launch(
+    content = argument(launch.params, launch.tensor_maps, encode_emulated)
+    params = aligned_empty((len(content),), np.uint8)  # as tensor maps must lie
+    params[:] = np.frombuffer(content, np.uint8)
+    described = _Launch(
         params=params.ctypes.data,
         regions=(_Region * len(regions))(*regions),
         exp2_table=hardware.exp2_table().ctypes.data,
@@ -118,17 +122,8 @@ def _run(launch: Launch, library: ctypes.CDLL, writers: _Writers, first_block: i
         tensor_core_terms=core.terms,
         tensor_core_fraction_bits=core.fraction_bits,
     )
-    if library.emulate(ctypes.byref(argument)):
+    if library.emulate(ctypes.byref(described)):
         raise EmulatorError(f"{launch.config.name}: {message.value.decode()}")
-
-
-def _aligned(params: ctypes.Structure) -> npt.NDArray[np.uint8]:
-    """A copy that starts at a multiple of 64 bytes, as a TensorMap does."""
-    size = ctypes.sizeof(params)
-    room = np.empty(size + 63, np.uint8)
-    copy = room[-room.ctypes.data % 64 :][:size]
-    copy[:] = np.frombuffer(params, np.uint8)
-    return copy
 
 
 def _check_written(name: str, tensor: Tensor, writer: npt.NDArray[np.uint32]) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cuattn.config import KernelConfig
+from cuattn.config import KernelConfig, capability
 from cuattn.devices import INSTALL_ADVICE, import_cupy
 from cuattn.errors import CompileError, MissingDependencyError
 from cuattn.jit.listing import listings
@@ -18,13 +18,15 @@ _REPORT_FLAG = "--ptxas-options=-v"
 
 @dataclass(frozen=True)
 class Resources:
-    """What ptxas says a kernel uses: registers a thread; bytes of local memory a thread; shared bytes a block."""
+    """What ptxas says of a kernel: registers a thread; bytes of local memory a thread; static shared bytes a block; and
+    whether products of warpgroups wait for each other, for want of registers or of an order that ptxas understands."""
 
     registers: int
     stack_frame: int
     spill_stores: int
     spill_loads: int
     static_shared: int
+    serialized: bool = False
 
     @property
     def spills(self) -> bool:
@@ -35,11 +37,6 @@ class Resources:
 def flags(config: KernelConfig) -> tuple[str, ...]:
     """NVRTC options of a configuration, all but the include folder: what of them decides the cubin."""
     return ("--std=c++17", f"-arch={config.arch}", *NUMERICS_FLAGS, _REPORT_FLAG)
-
-
-def capability(arch: str) -> int:
-    """The compute capability of a target: 90 for "sm_90a"."""
-    return int(arch.removeprefix("sm_").rstrip("a"))
 
 
 def nvrtc_version() -> tuple[int, int]:
@@ -97,6 +94,7 @@ def parse_resources(log: str) -> Resources:
         spill_stores=largest(r"(\d+) bytes spill stores"),
         spill_loads=largest(r"(\d+) bytes spill loads"),
         static_shared=largest(r"(\d+) bytes smem"),
+        serialized="wgmma.mma_async instructions are serialized" in log,
     )
 
 

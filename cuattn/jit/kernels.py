@@ -60,11 +60,12 @@ def precompile(
     """Compiles kernels ahead of time; no GPU is needed.
 
     Each argument selects values such as ``[64]``, ``["causal"]``, ``["bfloat16"]``, ``["sm_90a"]``; None means all, for
-    ``archs`` those of the devices present, or without a device all that the installed NVRTC knows. Every function of
-    cuattn then finds its kernels for these: prefill and decode, packed or not, caches, pages, padding masks, partial
-    results, gradients. ``value_dims`` are head dims of values, each with each of ``head_dims``, such as ``[128]`` for
-    ``[192]``; None means that values have the head dim of queries and keys. ``jobs`` kernels are compiled at a time
-    (None: one a core). ``progress(done, total, kernel)`` is called in this thread as each is ready.
+    ``archs`` those of the devices present, or without a device that of each compute capability which the installed
+    NVRTC knows. Every function of cuattn then finds its kernels for these: prefill and decode, packed or not, caches,
+    pages, padding masks, partial results, gradients. ``value_dims`` are head dims of values, each with each of
+    ``head_dims``, such as ``[128]`` for ``[192]``; None means that values have the head dim of queries and keys.
+    ``jobs`` kernels are compiled at a time (None: one a core). ``progress(done, total, kernel)`` is called in this
+    thread as each is ready.
 
     Returns the kernels in a fixed order, each once. Raises ValueError for a value that is not supported, CompileError
     and MissingDependencyError.
@@ -119,7 +120,7 @@ def _default_architectures() -> list[str]:
     if count := device_count():
         return [device_architecture(index) for index in range(count)]
     known = compiler.known_architectures()
-    return [arch for arch in configs.ARCHITECTURES if compiler.capability(arch) in known]
+    return [arch for arch in configs.OWN_ARCHITECTURES if configs.capability(arch) in known]
 
 
 def _cache() -> ArtifactCache:

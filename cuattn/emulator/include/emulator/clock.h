@@ -93,15 +93,16 @@ class Lesson {
     Knowledge what_, before_, after_;
 };
 
-// A barrier: all learn what each of them knows, and start epochs of one number, so that readers of a word can be
-// described together.
+// A barrier: all learn what each of them knows, and end epochs of one number, so that readers of a word can be described
+// together.
 template <class Threads>
 void synchronize(const Threads& threads) {
-    Gathering gathering;
     uint32_t epoch = 0;
-    for (Moment* thread : threads) gathering.add(*thread), epoch = std::max(epoch, thread->epoch);
+    for (const Moment* thread : threads) epoch = std::max(epoch, thread->epoch);
+    Gathering gathering;
+    for (Moment* thread : threads) thread->epoch = epoch, gathering.add(*thread);
     const Knowledge all = gathering.result();
-    for (Moment* thread : threads) thread->known = all, thread->epoch = epoch;
+    for (Moment* thread : threads) thread->known = all;
 }
 
 }  // namespace emulator

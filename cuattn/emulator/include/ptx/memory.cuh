@@ -89,5 +89,10 @@ inline void store_global_f32x2(float* to, float2 x) {
                          emulator::device_bits_of(emulator::settled(x.y))};
     emulator::store_global(to, bits, 8);
 }
+inline void store_global_f32x4(float* to, float4 x) {
+    const u32 bits[4] = {emulator::device_bits_of(x.x), emulator::device_bits_of(x.y), emulator::device_bits_of(x.z),
+                         emulator::device_bits_of(x.w)};
+    emulator::store_global(to, bits, 16);
+}
 
 }  // namespace cuattn::ptx

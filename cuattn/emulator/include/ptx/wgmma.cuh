@@ -22,6 +22,11 @@ void wgmma_wait() {
     emulator::wait_for_products(pending);
 }
 
+template <int pending>
+void wgmma_wait_after(float, u32) {
+    wgmma_wait<pending>();
+}
+
 template <int blocks>
 void wgmma_hold(float (&)[blocks][4]) {}
 
