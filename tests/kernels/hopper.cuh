@@ -1,5 +1,5 @@
 // Small kernels of Hopper's asynchronous units, for tests of the emulator: a product of single tiles, one of tiles that
-// threads store, and a matrix product through a ring of stages.
+// threads store, a matrix product through a ring of stages, and a word that one warp writes and another one reads.
 #pragma once
 
 #include <common/tensor_map.cuh>
@@ -206,6 +206,31 @@ __global__ void ring(const __grid_constant__ HopperParams params) {
             if (row < params.rows && column + i < params.columns) {
                 ptx::store_global_u32(params.out + row * params.columns + column + i, x);
             }
+        }
+    }
+}
+
+// A lane of warp 0 changes a word, which all lanes of warp 1 read: row i of out (rows, 32) has i's bits. One of the readers
+// also arrives at a barrier of its own, and so is ahead of the others.
+__global__ void turns(const __grid_constant__ HopperParams params) {
+    const u32 word = shared_start(), written = word + 8, read = word + 16, counted = word + 24;
+    if (threadIdx.x == 0) {
+        ptx::mbarrier_init(written, 1);
+        ptx::mbarrier_init(read, 32);
+        ptx::mbarrier_init(counted, 1);
+    }
+    __syncthreads();
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (int row = 0; row < params.rows; ++row) {
+        if (warp == 1) {
+            ptx::mbarrier_wait(written, row % 2);
+            if (lane == 0) ptx::mbarrier_arrive(counted);
+            ptx::store_global_u32(params.out + row * 32 + lane, ptx::load_shared_u32(word));
+            ptx::mbarrier_arrive(read);
+        } else if (lane == 0) {
+            ptx::mbarrier_wait(read, (row + 1) % 2);
+            ptx::store_shared_u32(word, row);
+            ptx::mbarrier_arrive(written);
         }
     }
 }
