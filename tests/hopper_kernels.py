@@ -1,7 +1,7 @@
-"""Running tests/kernels/hopper.cuh, emulated, on NumPy arrays of bits."""
+"""Running tests/kernels/hopper.cuh and hopper_roles.cuh, emulated, on NumPy arrays of bits."""
 
 import ctypes
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,8 @@ from cuattn.emulator import build
 from cuattn.interop import import_tensor
 from cuattn.launches import Launch
 
-SOURCE = Path(__file__).parent / "kernels" / "hopper.cuh"
+KERNELS = Path(__file__).parent / "kernels"
+SOURCE = "".join((KERNELS / file).read_text() for file in ("hopper.cuh", "hopper_roles.cuh"))
 TILE = 8 * 1024
 
 
@@ -78,7 +79,7 @@ class Product:
     threads: int = 128
     blocks: int = 1
     rows: int | None = None  # of the result, unless as many as left's
-    source: str = field(default_factory=SOURCE.read_text)
+    source: str = SOURCE
 
     def run(self, schedule: str = "ascending", seed: int = 1) -> Bits:
         rows, depth = self.rows or len(self.left), self.left.shape[1]

@@ -96,9 +96,7 @@ inline void run_block() {
             switch_context(block->scheduler, thread.context);
             if (!block->error.empty()) return;
         }
-        const bool late = block->progress == before;
-        const bool lands = late || (block->schedule == Schedule::random && random_number() % 2 == 0);
-        if (lands && !block->boxes.empty()) land_one();
+        if (!block->boxes.empty() && (block->progress == before || draws_early_end())) land_one();
         const bool anyone_held = std::count(held.begin(), held.end(), 1) > 0;
         std::fill(held.begin(), held.end(), 0);
         if (block->progress == before && !anyone_held) {

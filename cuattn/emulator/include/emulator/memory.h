@@ -1,13 +1,14 @@
 // Memory as the emulator sees it: regions of global memory, and shared memory with a record of who touched each word.
 #pragma once
 
-#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include <emulator/clock.h>
@@ -56,8 +57,8 @@ struct Word {
     uint64_t readers = 0;
 };
 
-// The lanes of one warp that have read a word since its last write, but for those that the later ones knew of; the last
-// of their epochs stands for all.
+// The lanes of one warp that have read a word since its last write, but for those that later ones knew of, and the epoch
+// they did it in; 0 where they differ.
 struct Readers {
     uint32_t lanes, epoch;
 };
@@ -76,6 +77,7 @@ class SharedMemory {
     void reset() {
         std::memset(bytes_.get(), 0xff, size_);  // NaN in every format
         words_.assign((size_ + 3) / 4, Word{});
+        uneven_.clear();
     }
 
     bool holds(uint32_t address, uint32_t bytes) const { return bytes <= size_ && address <= size_ - bytes; }
@@ -101,13 +103,18 @@ class SharedMemory {
         return true;
     }
     void note_reader(uint32_t address, const Moment& now) {
-        const int source = now.actor / 32;
+        const int source = now.actor / 32, lane = now.actor % 32;
         Word& w = word(address);
         Readers& r = readers(address, source);
         if (!(w.readers >> source & 1) || unknown_lane(r, source, now) < 0) {
-            r = {1u << now.actor % 32, now.epoch};
+            r = {1u << lane, now.epoch};
+        } else if (r.epoch == now.epoch) {
+            r.lanes |= 1u << lane;
         } else {
-            r = {r.lanes | 1u << now.actor % 32, std::max(r.epoch, now.epoch)};
+            auto& epochs = uneven_[&r];
+            if (r.epoch != 0) epochs.fill(r.epoch);
+            epochs[lane] = now.epoch;
+            r = {r.lanes | 1u << lane, 0};
         }
         w.readers |= uint64_t{1} << source;
     }
@@ -131,10 +138,10 @@ class SharedMemory {
     Readers& readers(uint32_t address, int source) {
         return readers_[address / 4 * size_t(warps_ + warpgroups_) + source];
     }
-    static int unknown_lane(const Readers& r, int source, const Moment& now) {
+    int unknown_lane(const Readers& r, int source, const Moment& now) const {
         for (uint32_t left = r.lanes; left != 0; left &= left - 1) {
-            const int actor = 32 * source + __builtin_ctz(left);
-            if (!now.knows(actor, r.epoch)) return actor;
+            const int lane = __builtin_ctz(left), actor = 32 * source + lane;
+            if (!now.knows(actor, r.epoch != 0 ? r.epoch : uneven_.at(&r)[lane])) return actor;
         }
         return -1;
     }
@@ -155,6 +162,7 @@ class SharedMemory {
     std::unique_ptr<char, Free> bytes_;
     std::vector<Word> words_;
     std::unique_ptr<Readers[]> readers_;
+    std::unordered_map<const Readers*, std::array<uint32_t, 32>> uneven_;  // epochs by lane
 };
 
 }  // namespace emulator

@@ -88,6 +88,9 @@ inline void land_one() {
     land(copy);
 }
 
+// Whether a copy under way ends although the threads go on.
+inline bool draws_early_end() { return block->schedule == Schedule::random && random_number() % 2 == 0; }
+
 // A copy is a write from its start, as cp.async is; when it ends is up to the schedule.
 inline void start_box(uint32_t to, const cuattn::TensorMap& map, const int (&at)[4], uint32_t barrier_address) {
     const char* const what = "tma_load_4d";
@@ -115,9 +118,7 @@ inline void start_box(uint32_t to, const cuattn::TensorMap& map, const int (&at)
     }
     block->boxes.push_back(std::move(copy));
     ++block->progress;
-    const bool early =
-        block->schedule == Schedule::ascending || (block->schedule == Schedule::random && random_number() % 2 == 0);
-    if (early) land_one();
+    if (block->schedule == Schedule::ascending || draws_early_end()) land_one();
 }
 
 }  // namespace emulator

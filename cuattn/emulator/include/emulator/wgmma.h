@@ -5,10 +5,11 @@
 #include <algorithm>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
-#include <emulator/tensor_core.h>
 #include <emulator/under_way.h>
+#include <emulator/wgmma_arithmetic.h>
 #include <emulator/wgmma_operand.h>
 
 namespace emulator {
@@ -16,60 +17,41 @@ namespace emulator {
 // One thread's part of an instruction.
 struct Issue {
     float* registers;
-    const uint32_t* left_registers;  // or null, and
-    uint64_t left;
-    uint64_t right;
+    const uint32_t* left_registers;  // null: the left operand is in shared memory
+    uint64_t left, right;            // descriptors
     bool accumulate;
 };
-
-constexpr int panel = 16;  // columns that are computed together
-
-// Thread t of a warpgroup holds numbers i of rows as mma.cuh has them; index of one in values (panel, row, column).
-inline int value_index(int thread, int i) {
-    const int row = thread / 32 * 16 + thread % 32 / 4 + i % 4 / 2 * 8, column = i / 4 * 8 + thread % 4 * 2 + i % 2;
-    return (column / panel * 64 + row) * panel + column % panel;
-}
 
 inline Warpgroup& my_warpgroup() {
     const size_t number = block->running / 128;
     if (number >= block->warpgroup.size()) fail("wgmma: not a whole warpgroup");
     return block->warpgroup[number];
 }
-
-// The first of the running thread's warpgroup.
-inline Thread* warpgroup_threads() { return &block->thread[block->running / 128 * 128]; }
+inline int my_warpgroup_start() { return block->running / 128 * 128; }
 
 template <class Work>
 void warpgroup_collective(const char* what, const void* argument, Work&& work) {
     meet(my_warpgroup().meeting, what, block->running % 128, argument, work);
 }
 
-// The registers' record, new where no product is under way to them; they then hold the NaN of under_way.h.
-inline Accumulators& accumulators(Warpgroup& group, const void* const* all, int blocks) {
-    const auto issue = [&](int thread) -> const Issue& { return *static_cast<const Issue*>(all[thread]); };
-    auto& list = group.accumulators;
-    const auto same = [&](const auto& x) { return x->registers[0] == issue(0).registers && x->blocks == blocks; };
-    auto found = std::find_if(list.begin(), list.end(), same);
-    if (found == list.end()) {
-        list.push_back(std::make_unique<Accumulators>());
-        found = list.end() - 1;
-        Accumulators& made = **found;
-        made.blocks = blocks;
-        made.values.resize(64 * 8 * ((blocks + 1) / 2 * 2));
-        for (int t = 0; t < 128; ++t) {
-            made.registers[t] = issue(t).registers;
-            for (int i = 0; i < 4 * blocks; ++i) {
-                float& x = made.registers[t][i];
-                if (issue(t).accumulate) made.values[value_index(t, i)] = settled(x);
-                x = float_of(under_way_bits);
-            }
+// A new record of registers, which from now on hold the NaN of under_way.h.
+inline std::unique_ptr<Accumulators> take_registers(const Issue* const* issues, int blocks) {
+    auto made = std::make_unique<Accumulators>();
+    made->blocks = blocks;
+    made->values.resize(64 * 8 * blocks);
+    for (int t = 0; t < 128; ++t) {
+        made->registers[t] = issues[t]->registers;
+        for (int i = 0; i < 4 * blocks; ++i) {
+            float& x = made->registers[t][i];
+            if (issues[t]->accumulate) made->values[value_index(t, i)] = settled(x);
+            x = float_of(under_way_bits);
         }
     }
-    return **found;
+    return made;
 }
 
-// Whether nobody has written to registers of products under way.
-inline void check_accumulators(const Accumulators& x) {
+// Nobody has written to registers of products under way.
+inline void check_registers(const Accumulators& x) {
     for (const float* const registers : x.registers) {
         for (int i = 0; i < 4 * x.blocks; ++i) {
             if (bits_of(registers[i]) != under_way_bits) fail("a register was written that a wgmma under way adds to");
@@ -77,17 +59,24 @@ inline void check_accumulators(const Accumulators& x) {
     }
 }
 
-inline Operand operand_of(uint16_t bits, bool bfloat16) { return bfloat16 ? bf16_operand(bits) : fp16_operand(bits); }
+// The record of the registers that an instruction adds to.
+inline Accumulators& accumulators(const Issue* const* issues, int blocks) {
+    auto& list = my_warpgroup().accumulators;
+    const auto same = [&](const auto& x) { return x->registers[0] == issues[0]->registers && x->blocks == blocks; };
+    const auto found = std::find_if(list.begin(), list.end(), same);
+    if (found == list.end()) return *list.emplace_back(take_registers(issues, blocks));
+    check_registers(**found);
+    return **found;
+}
 
-// values += left * right; rows of zeros add nothing to finite numbers.
-template <int blocks>
-void multiply(std::vector<float>& values, const Operand (&left)[64][16], const std::vector<OperandRow<panel>>& right,
-              int fraction) {
-    const int terms = tensor_core.terms;
-    for (int row = 0; row < 64; ++row) {
-        for (int p = 0; p < (blocks + 1) / 2; ++p) {
-            auto& c = reinterpret_cast<float (&)[panel]>(values[(p * 64 + row) * panel]);
-            for (int k = 0; k < 16; k += terms) dot_add(c, &left[row][k], &right[p * 16 + k], terms, fraction);
+// Reads of shared memory start: all threads know of what was written there.
+inline void start_reads(const std::vector<uint32_t>& units) {
+    Readership readership(my_warpgroup_start(), 128);
+    for (const uint32_t unit : units) {
+        if (!block->shared.holds(unit, unit_bytes)) fail_access("wgmma", unit, unit_bytes, "outside of shared memory");
+        for (int i = 0; i < unit_bytes; i += 4) {
+            readership.check(unit + i);
+            ++block->shared.word(unit + i).products_under_way;
         }
     }
 }
@@ -97,61 +86,35 @@ template <bool bfloat16, int blocks>
 void issue_product(const char* what, const Issue& mine) {
     if (!current().wgmma_fence) fail(std::string(what) + ": no wgmma_fence since the last wgmma_wait");
     warpgroup_collective(what, &mine, [&](const void* const* all) {
-        const auto issue = [&](int thread) -> const Issue& { return *static_cast<const Issue*>(all[thread]); };
-        Warpgroup& group = my_warpgroup();
+        const auto* const* issues = reinterpret_cast<const Issue* const*>(all);
+        const bool left_shared = mine.left_registers == nullptr;
         Product product{};
         std::vector<uint32_t>& units = product.units;
-        if (!mine.left_registers) row_units(units, Descriptor(mine.left), 64);
+        if (left_shared) row_units(units, Descriptor(mine.left), 64);
         const size_t left_units = units.size();
         const Descriptor right(mine.right);
-        mine.left_registers ? column_units(units, right, 8 * blocks) : row_units(units, right, 8 * blocks);
+        left_shared ? row_units(units, right, 8 * blocks) : column_units(units, right, 8 * blocks);
+        start_reads(units);
 
-        Readership readership(block->running / 128 * 128, 128);
-        for (const uint32_t unit : units) {
-            if (!block->shared.holds(unit, unit_bytes)) fail_access(what, unit, unit_bytes, "outside of shared memory");
-            for (int i = 0; i < unit_bytes; i += 4) {
-                readership.check(unit + i);
-                ++block->shared.word(unit + i).products_under_way;
-            }
-        }
-
-        const auto element = [&](size_t unit, int i) {
-            uint16_t bits;
-            std::memcpy(&bits, block->shared.bytes() + units[unit] + 2 * i, 2);
-            return operand_of(bits, bfloat16);
-        };
-        static thread_local Operand left[64][16];
-        std::vector<OperandRow<panel>> b((blocks + 1) / 2 * 16);
-        for (size_t unit = 0; unit < left_units; ++unit) {
-            for (int i = 0; i < 8; ++i) left[unit / 2][unit % 2 * 8 + i] = element(unit, i);
-        }
-        for (size_t unit = left_units; unit < units.size(); ++unit) {
-            const int number = static_cast<int>(unit - left_units);
-            for (int i = 0; i < 8; ++i) {
-                const int k = mine.left_registers ? number / blocks : number % 2 * 8 + i;
-                const int column = mine.left_registers ? number % blocks * 8 + i : number / 2;
-                b[column / panel * 16 + k].set(column % panel, element(unit, i));
-            }
-        }
+        const auto operands = std::make_unique<Operands<bfloat16, blocks>>();
+        if (left_shared) operands->read_left(units);
+        left_shared ? operands->read_right_rows(&units[left_units]) : operands->read_right_columns(&units[left_units]);
         for (int t = 0; t < 128; ++t) {
-            const Issue& other = issue(t);
-            if (other.left != mine.left || other.right != mine.right || other.accumulate != mine.accumulate) {
+            const Issue& issue = *issues[t];
+            if (issue.left != mine.left || issue.right != mine.right || issue.accumulate != mine.accumulate) {
                 fail(std::string("divergence: threads of a warpgroup give ") + what + " different operands");
             }
-            product.registers[t] = other.left_registers;
-            if (!other.left_registers) continue;
-            std::copy_n(other.left_registers, 4, product.held[t]);
-            for (int i = 0; i < 8; ++i) {
-                const auto bits = static_cast<uint16_t>(product.held[t][i / 2] >> 16 * (i % 2));
-                left[t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8][t % 4 * 2 + i % 2 + i / 4 * 8] =
-                    operand_of(bits, bfloat16);
-            }
+            if (left_shared) continue;
+            product.registers[t] = issue.left_registers;
+            std::copy_n(issue.left_registers, 4, product.held[t]);
+            operands->set_left(t, product.held[t]);
         }
-        Accumulators& to = accumulators(group, all, blocks);
-        check_accumulators(to);
+
+        Warpgroup& group = my_warpgroup();
+        Accumulators& to = accumulators(issues, blocks);
         to.group = group.committed + 1;
         if (!mine.accumulate) std::fill(to.values.begin(), to.values.end(), 0.0f);
-        multiply<blocks>(to.values, left, b, bfloat16 ? 7 : 10);
+        operands->multiply_add(to.values);
         group.open.push_back(std::move(product));
     });
 }
@@ -159,13 +122,12 @@ void issue_product(const char* what, const Issue& mine) {
 inline void commit_products() {
     warpgroup_collective("wgmma_commit", nullptr, [](const void* const*) {
         Warpgroup& group = my_warpgroup();
-        group.groups.push_back(std::move(group.open));
-        group.open.clear();
+        group.groups.push_back(std::exchange(group.open, {}));
         ++group.committed;
     });
 }
 
-// The products' operands may change from now on, as far as threads know of the group's end.
+// The oldest group ends. What it read may change now, for threads that know of its end.
 inline void finish_group(Warpgroup& group, Moment& tensor_core) {
     tensor_core.epoch = ++group.finished;
     for (const Product& product : group.groups.front()) {
@@ -183,15 +145,15 @@ inline void finish_group(Warpgroup& group, Moment& tensor_core) {
     }
     group.groups.erase(group.groups.begin());
     auto& list = group.accumulators;
-    for (const auto& x : list) {
-        if (x->group > group.finished) continue;
-        check_accumulators(*x);
+    const auto goes_on = [&](const auto& x) { return x->group > group.finished; };
+    const auto finished = std::stable_partition(list.begin(), list.end(), goes_on);
+    for (auto x = finished; x != list.end(); ++x) {
+        check_registers(**x);
         for (int t = 0; t < 128; ++t) {
-            for (int i = 0; i < 4 * x->blocks; ++i) x->registers[t][i] = x->values[value_index(t, i)];
+            for (int i = 0; i < 4 * (*x)->blocks; ++i) (*x)->registers[t][i] = (*x)->values[value_index(t, i)];
         }
     }
-    const auto finished = [&](const auto& x) { return x->group <= group.finished; };
-    list.erase(std::remove_if(list.begin(), list.end(), finished), list.end());
+    list.erase(finished, list.end());
 }
 
 inline void wait_for_products(size_t pending) {
@@ -204,10 +166,9 @@ inline void wait_for_products(size_t pending) {
         Clock known;
         Clock::raise(known.epochs, tensor_core.actor, group.finished);
         Lesson lesson(std::make_shared<const Clock>(std::move(known)));
-        for (int t = 0; t < 128; ++t) {
-            Thread& thread = warpgroup_threads()[t];
-            thread.wgmma_fence = false;
-            lesson.teach(thread.now);
+        for (int t = my_warpgroup_start(); t < my_warpgroup_start() + 128; ++t) {
+            block->thread[t].wgmma_fence = false;
+            lesson.teach(block->thread[t].now);
         }
     });
 }

@@ -1,10 +1,23 @@
 // Host twin of kernels_cu/ptx/memory.cuh. Shared addresses are offsets into the block's shared memory.
 #pragma once
 
+#include <initializer_list>
+
 #include <cuda_builtins.h>
 #include <common/types.cuh>
 
 namespace cuattn::ptx {
+
+namespace host {
+
+inline void store_floats(float* to, std::initializer_list<float> numbers) {
+    u32 bits[4];
+    int count = 0;
+    for (const float x : numbers) bits[count++] = emulator::device_bits_of(emulator::settled(x));
+    emulator::store_global(to, bits, 4 * count);
+}
+
+}  // namespace host
 
 inline void* dynamic_shared() { return emulator::block->shared.bytes(); }
 
@@ -80,19 +93,8 @@ inline void store_global_u32(void* to, u32 x) { emulator::store_global(to, &x, 4
 inline void store_global_s32(int* to, int x) { emulator::store_global(to, &x, 4); }
 inline void store_global_u32x4(void* to, uint4 x) { emulator::store_global(to, &x, 16); }
 
-inline void store_global_f32(float* to, float x) {
-    const u32 bits = emulator::device_bits_of(emulator::settled(x));
-    emulator::store_global(to, &bits, 4);
-}
-inline void store_global_f32x2(float* to, float2 x) {
-    const u32 bits[2] = {emulator::device_bits_of(emulator::settled(x.x)),
-                         emulator::device_bits_of(emulator::settled(x.y))};
-    emulator::store_global(to, bits, 8);
-}
-inline void store_global_f32x4(float* to, float4 x) {
-    const u32 bits[4] = {emulator::device_bits_of(x.x), emulator::device_bits_of(x.y), emulator::device_bits_of(x.z),
-                         emulator::device_bits_of(x.w)};
-    emulator::store_global(to, bits, 16);
-}
+inline void store_global_f32(float* to, float x) { host::store_floats(to, {x}); }
+inline void store_global_f32x2(float* to, float2 x) { host::store_floats(to, {x.x, x.y}); }
+inline void store_global_f32x4(float* to, float4 x) { host::store_floats(to, {x.x, x.y, x.z, x.w}); }
 
 }  // namespace cuattn::ptx
