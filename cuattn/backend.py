@@ -2,7 +2,7 @@
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from cuattn import config, env
@@ -48,15 +48,18 @@ def _parse(name: str, arch: str | None, source: str, arch_source: str) -> Backen
 
 _chosen: contextvars.ContextVar[Backend | None] = contextvars.ContextVar("cuattn_backend", default=None)
 
+#: What `use_backend` set for the running block, or None.
+chosen: Callable[[], Backend | None] = _chosen.get
+
 
 def active() -> Backend:
     """What `use_backend` set for the running block, else the environment variable CUATTN_BACKEND, else "auto".
 
     Raises ValueError for a wrong variable.
     """
-    chosen = _chosen.get()
-    if chosen is not None:
-        return chosen
+    backend = chosen()
+    if backend is not None:
+        return backend
     name, _, arch = env.backend().partition(":")
     return _parse(name, arch or None, env.BACKEND, env.BACKEND)
 

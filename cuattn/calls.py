@@ -10,10 +10,8 @@ from cuattn.problem import Append, Sequences
 from cuattn.results import attend, differentiate, fill
 
 GRADIENTS = ("dq", "dk", "dv")
-
-
-def _results(return_lse: bool) -> tuple[str, ...]:
-    return ("out", "lse") if return_lse else ("out",)
+#: By whether the LSE is returned.
+RESULTS = (("out",), ("out", "lse"))
 
 
 def attention(
@@ -35,8 +33,9 @@ def attention(
 
     if out is not None:
         return make()
-    options = ("attention", mask, scale, layout, num_splits, bool(return_lse))
-    return replay.call(options, (q, k, v, key_padding_mask, kv_lengths), _results(return_lse), make)
+    both = bool(return_lse)
+    options = ("attention", mask, scale, layout, num_splits, both)
+    return replay.call(options, (q, k, v, key_padding_mask, kv_lengths), RESULTS[both], make)
 
 
 def attention_varlen(
@@ -60,8 +59,9 @@ def attention_varlen(
 
     if out is not None:
         return make()
-    options = ("attention_varlen", mask, *bounds, scale, num_splits, bool(return_lse))
-    return replay.call(options, (q, k, v, *starts), _results(return_lse), make)
+    both = bool(return_lse)
+    options = ("attention_varlen", mask, *bounds, scale, num_splits, both)
+    return replay.call(options, (q, k, v, *starts), RESULTS[both], make)
 
 
 def attention_kvcache(
@@ -96,8 +96,9 @@ def attention_kvcache(
 
     if out is not None or check:
         return make()
-    options = ("attention_kvcache", mask, scale, num_splits, layout, check, bool(return_lse))
-    return replay.call(options, arrays, _results(return_lse), make, updates=(1, 2) if appends else ())
+    both = bool(return_lse)
+    options = ("attention_kvcache", mask, scale, num_splits, layout, check, both)
+    return replay.call(options, arrays, RESULTS[both], make, updates=(1, 2) if appends else ())
 
 
 def append(new: Append, sequences: Sequences, key: Tensor, value: Tensor) -> None:

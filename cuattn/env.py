@@ -20,6 +20,18 @@ ARCH = "CUATTN_ARCH"
 VARIABLES = (BACKEND, KERNEL_DIR, CACHE_DIR, COMPILER, CHECK, ARCH)
 
 
+_OF_EACH_CALL = tuple(map(os.fsencode, (BACKEND, CHECK, ARCH)))
+
+
+def unparsed() -> tuple[bytes | None, ...]:
+    """What the environment says of each call (BACKEND, CHECK, ARCH), for comparison alone: so it takes 0.1 us.
+
+    `os.environ` itself takes 0.5 us a variable to encode names and decode values.
+    """
+    values: dict[bytes, bytes] = os.environ._data  # type: ignore[attr-defined] # which all its methods go by
+    return tuple(map(values.get, _OF_EACH_CALL))
+
+
 def backend() -> str:
     return os.environ.get(BACKEND) or "auto"
 

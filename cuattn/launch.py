@@ -1,9 +1,9 @@
 """Loading compiled kernels to a device and launching them, through CuPy."""
 
-import ctypes
+import array
 import functools
 import threading
-from typing import Any
+from typing import Any, TypeAlias
 
 from cuattn.config import KernelConfig
 from cuattn.devices import device_architecture, device_count, import_cupy, processor_count
@@ -11,7 +11,9 @@ from cuattn.jit import check_driver, cubin_path
 from cuattn.launches import Launch
 from cuattn.tensor_map import argument, encode
 
-__all__ = ["device_architecture", "device_count", "launch_kernel", "loaded", "processor_count"]
+__all__ = ["device_architecture", "device_count", "launch_kernel", "loaded", "processor_count", "words_of"]
+
+Words: TypeAlias = "array.array[int]"
 
 _load_lock = threading.Lock()
 
@@ -25,14 +27,22 @@ class Kernel:
         self._threads, self._shared_bytes = config.threads, config.shared_bytes
         self._launch = _driver().launchKernel
 
-    def launch(self, grid: int, argument: bytearray, stream: int) -> None:
-        """Launches at least one block on a raw stream of the kernel's device, the thread's current one."""
-        # the driver reads the argument through a list of pointers, before the call returns
-        memory = (ctypes.c_char * len(argument)).from_buffer(argument)
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(memory))
-        self._launch(
-            *(self._handle, grid, 1, 1, self._threads, 1, 1, self._shared_bytes, stream, ctypes.addressof(pointers), 0)
-        )
+    def launch(self, grid: int, words: Words, stream: int) -> None:
+        """Launches at least one block on a raw stream of the kernel's device, the thread's current one.
+
+        ``words`` are those of `words_of`, of which this call writes the first.
+        """
+        address = words.buffer_info()[0]
+        words[0] = address + words.itemsize
+        self._launch(self._handle, grid, 1, 1, self._threads, 1, 1, self._shared_bytes, stream, address, 0)
+
+
+def words_of(argument: bytes | bytearray) -> Words:
+    """A kernel's argument as the driver wants to find it, in words of 64 bits: behind a pointer to it.
+
+    The driver reads all of it before a launch returns.
+    """
+    return array.array("Q", bytes(8) + argument + bytes(-len(argument) % 8))
 
 
 def _driver() -> Any:
@@ -55,7 +65,7 @@ def launch_kernel(launch: Launch, device_index: int, stream: int) -> None:
         return  # an error to the driver
     with import_cupy().cuda.Device(device_index):
         kernel = loaded(launch.config, device_index)
-        kernel.launch(launch.grid, argument(launch.params, launch.tensor_maps, encode), stream)
+        kernel.launch(launch.grid, words_of(argument(launch.params, launch.tensor_maps, encode)), stream)
 
 
 def loaded(config: KernelConfig, device_index: int) -> Kernel:

@@ -1,15 +1,20 @@
 """Calls whose like was made before: what was checked, planned and loaded for one is launched again for the next.
 
-A call is remembered by the form of its arrays (shape, strides, dtype, device, alignment) and its other arguments, if
-they are torch tensors on a GPU: such calls are repeated by the thousand. What a remembered call cannot know is looked
-at each time, and leads the ordinary way: that two arrays are one, that an array is no plain tensor, that lengths are to
-be checked. Neither way changes a bit.
+A call is remembered by the form of its arrays (shape, strides, dtype, device, alignment), its other arguments and what
+torch and the environment say of it, if its arrays are torch tensors on a GPU: such calls are repeated by the thousand.
+What a form cannot tell is looked at each time, and leads the ordinary way: that an array is no plain tensor, that one
+which is written to overlaps another. Neither way changes a bit.
+
+A repeated call is work of the host alone, a few microseconds, so every step of it counts: attributes of a tensor take
+0.1 us each, an allocation 1 to 3.
 """
 
+import array
 import contextlib
 import contextvars
 import ctypes
-import struct
+import functools
+import operator
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -19,15 +24,21 @@ from typing import Any, NamedTuple
 from cuattn import backend, env
 from cuattn.devices import import_cupy
 from cuattn.interop import Tensor
-from cuattn.launch import Kernel, loaded
+from cuattn.launch import Kernel, Words, loaded, words_of
 from cuattn.launches import Launch
 from cuattn.tensor_map import BYTES, TensorMap, encode
 
-#: torch's types of devices, and the backends, whose calls are remembered.
-DEVICES = ("cuda",)
+#: Whether a torch tensor lies where calls are remembered, and the backends whose calls are.
+_is_on_device: Callable[[Any], Any] = operator.attrgetter("is_cuda")
 BACKENDS = ("auto", "cuda")
 #: More remembered calls than this, and all are forgotten.
 LARGEST_MEMORY = 4096
+#: Addresses of an array for which its tensor map is at hand, for each call.
+MAPS_AT_HAND = 64
+
+_WORD = 8
+#: Arrays that share a workspace start at multiples of so many bytes.
+_ALIGNMENT = 256
 
 _launches: contextvars.ContextVar[list[Launch] | None] = contextvars.ContextVar("cuattn_launches", default=None)
 _remembered: dict[Any, "_Call"] = {}
@@ -60,15 +71,22 @@ def call(
     options: what else ``make`` depends on. arrays: the arrays it was given, or None. results: names of the outputs that
     it returns, alone or as a tuple. updates: indices of arrays that it writes to.
     """
-    key = _key(options, arrays)
-    if key is None:
+    torch = sys.modules.get("torch")
+    if torch is None or type(arrays[0]) is not torch.Tensor or not _is_on_device(arrays[0]):
         return make()
-    known = _remembered.get(key)
+    pointers: list[int] = []
+    try:
+        key = _key(torch, options, arrays, pointers)
+        known = _remembered.get(key)
+    except (RuntimeError, TypeError):  # of a tensor without memory or strides, and of an option without a hash
+        return make()
     if known is not None:
-        return known.run(arrays) if not known.overlap(arrays) else make()
+        return make() if updates and known.overlap(pointers) else known.run(torch, arrays, pointers)
+    if key is None or not _may_be_remembered(torch, arrays):
+        return make()
     with _recording() as launches:
         made = make()
-    known = _Call.of(arrays, results, updates, launches)
+    known = _Call.of(arrays, pointers, results, updates, launches)
     if known is not None:
         if len(_remembered) >= LARGEST_MEMORY:
             _remembered.clear()
@@ -91,47 +109,45 @@ def _recording() -> Iterator[list[Launch]]:
         _launches.reset(token)
 
 
-def _key(options: tuple[Any, ...], arrays: tuple[Any, ...]) -> Any:
-    """What a call is remembered by; None for one that is not."""
-    torch = sys.modules.get("torch")
-    if torch is None or type(arrays[0]) is not torch.Tensor or arrays[0].device.type not in DEVICES:
-        return None
-    device, graded = arrays[0].device, torch.is_grad_enabled()
-    if env.check() or backend.active().name not in BACKENDS or _current_device() != device.index:
-        return None
-    forms: list[Any] = []
-    pointers = set()
+def _key(torch: Any, options: tuple[Any, ...], arrays: tuple[Any, ...], pointers: list[int]) -> Any:
+    """What a call is remembered by, None for one that is not; appends to ``pointers`` where each array lies.
+
+    Raises RuntimeError for a tensor without memory or without strides. Complex tensors, the only ones that can be
+    conjugated, are refused by every call, and so never remembered.
+    """
+    plain = torch.Tensor
+    # options of other types may be equal, such as 1, 1.0 and True
+    types = tuple(map(type, options))
+    key = [options, types, env.unparsed(), backend.chosen(), torch.is_grad_enabled(), _current_device(torch)]
     for x in arrays:
         if x is None:
-            forms.append(None)
+            key.append(None)
+            pointers.append(~len(pointers))  # no address, and none that occurs twice
             continue
-        if type(x) is not torch.Tensor or x.device != device or x.layout is not torch.strided or x.is_nested:
-            return None
-        if x.is_neg() or x.is_conj() or x.numel() == 0:
+        if type(x) is not plain or x.is_neg():
             return None
         pointer = x.data_ptr()
-        if pointer in pointers:
-            return None
-        pointers.add(pointer)
-        forms.append((x.shape, x.stride(), x.dtype, pointer & 15, graded and x.requires_grad))
-    key = (options, tuple(map(type, options)), env.arch(), device.index, tuple(forms))
-    try:
-        hash(key)
-    except TypeError:
-        return None
-    return key
+        pointers.append(pointer)
+        key.append((x.shape, x.stride(), x.dtype, x.device, x.requires_grad, pointer & 15))
+    if len(set(pointers)) < len(pointers):  # which arrays start at the same place
+        key.append(tuple(map(pointers.index, pointers)))
+    return tuple(key)
 
 
-def _current_device() -> int:
-    import torch
+def _may_be_remembered(torch: Any, arrays: tuple[Any, ...]) -> bool:
+    """What the key decides, found out once: the backend, unchecked numbers, one current device, no empty array."""
+    device = arrays[0].device
+    if env.check() or backend.active().name not in BACKENDS or _current_device(torch) != device.index:
+        return False
+    return all(x is None or (x.device == device and x.numel() > 0) for x in arrays)
 
-    return int(torch.cuda.current_device())
+
+def _current_device(torch: Any) -> Any:
+    return torch._C._cuda_getDevice()  # what torch.cuda.current_device() wraps
 
 
-def _stream(device_index: int) -> int:
-    import torch
-
-    return int(torch._C._cuda_getCurrentRawStream(device_index))  # what torch.cuda.current_stream() wraps
+def _stream(torch: Any, device_index: int) -> Any:
+    return torch._C._cuda_getCurrentRawStream(device_index)  # what torch.cuda.current_stream() wraps
 
 
 def _bind(device_index: int) -> None:
@@ -142,107 +158,151 @@ def _bind(device_index: int) -> None:
 
 
 class _Prepared(NamedTuple):
-    """A launch: the argument, and which pointers and tensor maps go where in it, as (place, number of the array)."""
+    """A launch: its words, and which pointers and tensor maps go where among them, as (place, number of the array)."""
 
     kernel: Kernel
     grid: int
-    argument: bytes
+    words: Words
     pointers: tuple[tuple[int, int], ...]
-    maps: tuple[tuple[int, int, TensorMap], ...]
+    maps: tuple[tuple[slice, int, Callable[[int], Words]], ...]
+
+    @classmethod
+    def of(cls, launch: Launch, kernel: Kernel, numbers: dict[int, int]) -> "_Prepared | None":
+        """``numbers`` are those of arrays by address; None if the launch has a pointer to another one."""
+        described = {getattr(type(launch.params), name).offset: x for name, x in launch.tensor_maps.items()}
+        fields = list(_pointer_fields(launch.params))
+        if not numbers.keys() >= {*(pointer for _, pointer in fields), *(x.pointer for x in described.values())}:
+            return None
+        pointers = tuple((1 + offset // _WORD, numbers[pointer]) for offset, pointer in fields)
+        maps = tuple(
+            (slice(1 + offset // _WORD, 1 + (offset + BYTES) // _WORD), numbers[x.pointer], _maps_at(x.at(0)))
+            for offset, x in described.items()
+        )
+        words = words_of(bytes(launch.params))
+        for place, _ in pointers:
+            words[place] = 0
+        return cls(kernel, launch.grid, words, pointers, maps)
+
+
+@functools.lru_cache(LARGEST_MEMORY)
+def _maps_at(tensor_map: TensorMap) -> Callable[[int], Words]:
+    """The map's words for any address of its array."""
+    return functools.lru_cache(MAPS_AT_HAND)(lambda pointer: array.array("Q", encode(tensor_map.at(pointer))))
 
 
 class _Made(NamedTuple):
-    """An array that a call makes: an output or a workspace."""
+    """An array that a call returns: contiguous; ``like`` is the number of an array of the same form, or None."""
 
     shape: tuple[int, ...]
     dtype: Any
+    like: int | None
 
 
 @dataclass(frozen=True)
 class _Call:
-    """The launches of a call. Arrays are counted through: the caller's, then those that the call makes."""
+    """The launches of a call. Arrays are counted through: the caller's, those returned, those in the workspace."""
 
+    device: Any
     launches: tuple[_Prepared, ...]
-    made: tuple[_Made, ...]
-    returned: tuple[int, ...]
+    returned: tuple[_Made, ...]
+    workspace_bytes: int
+    offsets: tuple[int, ...]  # of arrays in the workspace
     updates: tuple[int, ...]
     spans: tuple[int, ...]  # bytes of each of the caller's arrays, gaps included; 0 for None
 
     @classmethod
     def of(
-        cls, arrays: tuple[Any, ...], results: tuple[str, ...], updates: tuple[int, ...], launches: list[Launch]
+        cls,
+        arrays: tuple[Any, ...],
+        pointers: list[int],
+        results: tuple[str, ...],
+        updates: tuple[int, ...],
+        launches: list[Launch],
     ) -> "_Call | None":
         """None if a pointer in an argument is that of no known array."""
-        given = {x.data_ptr(): i for i, x in enumerate(arrays) if x is not None}
         outputs: dict[str, Tensor] = {}
         scratch: dict[int, Tensor] = {}
-        tensors: dict[int, Tensor] = {}
         for launch in launches:
             outputs |= launch.outputs
             scratch |= {tensor.pointer: tensor for tensor in launch.scratch.values()}
-            for named in (launch.inputs, launch.updates):
-                tensors |= {tensor.pointer: tensor for tensor in named.values()}
-        made = [*outputs.values(), *scratch.values()]
-        places = {**given, **{tensor.pointer: len(arrays) + i for i, tensor in enumerate(made)}}
-        if any(name not in outputs for name in results) or len(places) != len(given) + len(made):
+        if any(name not in outputs for name in results):
             return None
-        prepared, device = [], arrays[0].device.index
-        for launch in launches:
-            fields = list(_pointer_fields(launch.params))
-            described = launch.tensor_maps.values()
-            if any(pointer not in places for pointer in [*(p for _, p in fields), *(m.pointer for m in described)]):
-                return None
-            pointers = tuple((offset, places[pointer]) for offset, pointer in fields)
-            argument = bytearray(launch.params)
-            for offset, _ in fields:
-                struct.pack_into("=Q", argument, offset, 0)
-            maps = tuple(
-                (getattr(type(launch.params), name).offset, places[one.pointer], one.at(0))
-                for name, one in launch.tensor_maps.items()
-            )
-            prepared.append(_Prepared(loaded(launch.config, device), launch.grid, bytes(argument), pointers, maps))
-        names = list(outputs)
+        returned = [outputs.pop(name) for name in results]
+        workspace = [*outputs.values(), *scratch.values()]
+        everything = [*pointers, *(tensor.pointer for tensor in (*returned, *workspace))]
+        numbers = {pointer: everything.index(pointer) for pointer in everything}
+        if len(numbers) != len(set(pointers)) + len(returned) + len(workspace):
+            return None
+        device = arrays[0].device
+        prepared = [_Prepared.of(launch, loaded(launch.config, device.index), numbers) for launch in launches]
+        known = tuple(one for one in prepared if one is not None)
+        if len(known) < len(prepared):
+            return None
+        offsets = [0]
+        for tensor in workspace:
+            offsets.append(offsets[-1] + -(-tensor.nbytes_span // _ALIGNMENT) * _ALIGNMENT)
         return cls(
-            tuple(prepared),
-            tuple(_Made(tuple(tensor.owner.shape), tensor.owner.dtype) for tensor in made),
-            tuple(len(arrays) + names.index(name) for name in results),
-            updates,
-            tuple(
-                0 if x is None else tensors[x.data_ptr()].nbytes_span if x.data_ptr() in tensors else 0 for x in arrays
-            ),
+            device=device,
+            launches=known,
+            returned=tuple(_made_as(tensor.owner, arrays) for tensor in returned),
+            workspace_bytes=offsets.pop(),
+            offsets=tuple(offsets),
+            updates=tuple(u for u in updates if arrays[u] is not None),
+            spans=tuple(0 if x is None else _span(x) for x in arrays),
         )
 
-    def overlap(self, arrays: tuple[Any, ...]) -> bool:
+    def overlap(self, pointers: list[int]) -> bool:
         """Whether an array that is written to may share memory with another one."""
         for u in self.updates:
-            if arrays[u] is None:
-                continue
-            first = arrays[u].data_ptr()
+            first = pointers[u]
             end = first + self.spans[u]
-            for i, x in enumerate(arrays):
-                if i != u and x is not None and x.data_ptr() < end and first < x.data_ptr() + self.spans[i]:
+            for i, pointer in enumerate(pointers):
+                if i != u and pointer < end and first < pointer + self.spans[i]:
                     return True
         return False
 
-    def run(self, arrays: tuple[Any, ...]) -> Any:
-        import torch
-
-        device = arrays[0].device
+    def run(self, torch: Any, arrays: tuple[Any, ...], pointers: list[int]) -> Any:
+        """The results for arrays that lie at ``pointers``."""
+        device = self.device
         _bind(device.index)
-        everything = [*arrays, *(torch.empty(x.shape, dtype=x.dtype, device=device) for x in self.made)]
-        stream = _stream(device.index)
-        for launch in self.launches:
-            argument = bytearray(launch.argument)
-            for place, number in launch.pointers:
-                struct.pack_into("=Q", argument, place, everything[number].data_ptr())
-            for place, number, one in launch.maps:
-                argument[place : place + BYTES] = encode(one.at(everything[number].data_ptr()))
-            launch.kernel.launch(launch.grid, argument, stream)
+        returned = [
+            torch.empty(shape, dtype=dtype, device=device) if like is None else torch.empty_like(arrays[like])
+            for shape, dtype, like in self.returned
+        ]
+        pointers += [x.data_ptr() for x in returned]
+        if self.offsets:
+            # one allocation; like the outputs, it goes back to the allocator in the order of the stream
+            workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=device)
+            start = workspace.data_ptr()
+            pointers += [start + offset for offset in self.offsets]
+        stream = _stream(torch, device.index)
+        for kernel, grid, blank, places, maps in self.launches:
+            words = blank[:]  # its own: another thread may make the same call
+            for place, number in places:
+                words[place] = pointers[number]
+            for part, number, words_at in maps:
+                words[part] = words_at(pointers[number])
+            kernel.launch(grid, words, stream)
         for u in self.updates:
-            if arrays[u] is not None and not arrays[u].is_inference():
+            if not arrays[u].is_inference():
                 torch.autograd.graph.increment_version(arrays[u])
-        returned = tuple(everything[i] for i in self.returned)
-        return returned if len(returned) > 1 else returned[0]
+        return returned[0] if len(returned) == 1 else tuple(returned)
+
+
+def _made_as(output: Any, arrays: tuple[Any, ...]) -> _Made:
+    """How an output is made again; torch is quickest to make an array like another one."""
+
+    def form(x: Any) -> tuple[Any, ...]:
+        return x.shape, x.stride(), x.dtype
+
+    like = (i for i, x in enumerate(arrays) if x is not None and form(x) == form(output))
+    return _Made(tuple(output.shape), output.dtype, next(like, None))
+
+
+def _span(x: Any) -> int:
+    """Bytes from a tensor's first element to the end of its last; torch has no negative strides."""
+    last = sum((extent - 1) * stride for extent, stride in zip(x.shape, x.stride(), strict=True))
+    return int((last + 1) * x.element_size())
 
 
 def _pointer_fields(params: ctypes.Structure, start: int = 0) -> Iterator[tuple[int, int]]:

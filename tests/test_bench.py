@@ -14,8 +14,8 @@ from cuattn import env
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 SCRIPTS = (
-    *("accuracy", "backward", "contract_choices", "decode", "forward", "gpu_suite", "jit_time", "padded", "sanitize"),
-    "smoke",
+    *("accuracy", "backward", "contract_choices", "decode", "forward", "gpu_suite", "host_cost", "jit_time", "padded"),
+    *("sanitize", "smoke"),
 )
 
 

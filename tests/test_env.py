@@ -36,6 +36,18 @@ def test_what_is_set_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (env.cache_dir(), env.compiler(), env.check(), env.arch()) == (tmp_path, "ccache g++", True, "sm_90")
 
 
+def test_unparsed_variables_follow_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = (env.BACKEND, env.CHECK, env.ARCH)
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    assert env.unparsed() == (None, None, None)
+    for i, name in enumerate(names):
+        monkeypatch.setenv(name, f"value {i}")
+        assert env.unparsed() == (*(b"value %d" % j for j in range(i + 1)), *(None,) * (2 - i))
+    monkeypatch.setenv(env.CHECK, "")
+    assert env.unparsed()[1] == b""
+
+
 def test_checks_are_on_or_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(env.CHECK, "0")
     assert not env.check()

@@ -3,6 +3,7 @@
 import ctypes
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -39,6 +40,29 @@ def test_without_cupy_there_is_no_device(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_no_blocks_need_no_device() -> None:
     launch.launch_kernel(Launch(ForwardConfig(64, "full", "float16", "sm_80"), 0, Params(), {}), 0, 0)
+
+
+def test_the_driver_finds_the_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the list of pointers that it is given, at the time of the launch."""
+    config, found = ForwardConfig(64, "full", "float16", "sm_80"), []
+
+    def launch_kernel(*arguments: int) -> None:
+        *shape, pointers, extra = arguments
+        argument = ctypes.c_void_p.from_address(pointers).value
+        found.append((*shape, extra, ctypes.string_at(argument, ctypes.sizeof(Params))))
+
+    monkeypatch.setattr(launch, "_driver", lambda: SimpleNamespace(launchKernel=launch_kernel))
+    kernel = launch.Kernel(config, SimpleNamespace(kernel=SimpleNamespace(ptr=5)))
+    params = Params(1 << 40, -1, b"text", 7)
+    words = launch.words_of(bytes(params))
+    for _ in range(2):  # words may be launched again
+        kernel.launch(3, words, 9)
+    assert found == 2 * [(5, 3, 1, 1, config.threads, 1, 1, config.shared_bytes, 9, 0, bytes(params))]
+
+
+def test_an_argument_is_filled_up_to_whole_words() -> None:
+    assert launch.words_of(b"\1" + bytes(8)).tolist() == [0, 1, 0]
+    assert launch.words_of(bytearray(b"\1" + bytes(7))).tolist() == [0, 1]
 
 
 @pytest.mark.gpu

@@ -1,5 +1,6 @@
 """Remembered calls: what is launched again is what would be planned anew, and what differs is noticed."""
 
+import array
 import ctypes
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -13,8 +14,9 @@ import cuattn
 from cuattn import dispatch, replay
 from cuattn.config import KernelConfig
 from cuattn.interop import import_tensor
+from cuattn.launch import Words
 from cuattn.launches import Launch
-from cuattn.params import TensorMapBytes, mapped
+from cuattn.params import ForwardSm90Params, TensorMapBytes, mapped
 from cuattn.problem import Problem
 from cuattn.tensor_map import BYTES, TensorMap, encode_emulated
 
@@ -37,8 +39,8 @@ class Stub:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def launch(self, grid: int, argument: bytearray, stream: int) -> None:
-        self.launched.append(Launched(self.config, grid, bytes(argument), stream))
+    def launch(self, grid: int, words: Words, stream: int) -> None:
+        self.launched.append(Launched(self.config, grid, words[1:].tobytes(), stream))
 
 
 class Machine:
@@ -55,10 +57,10 @@ class Machine:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     made = Machine()
-    monkeypatch.setattr(replay, "DEVICES", ("cpu",))
+    monkeypatch.setattr(replay, "_is_on_device", lambda x: True)
     monkeypatch.setattr(replay, "BACKENDS", ("emulator",))
-    monkeypatch.setattr(replay, "_current_device", lambda: None)
-    monkeypatch.setattr(replay, "_stream", lambda index: 7)
+    monkeypatch.setattr(replay, "_current_device", lambda torch: None)
+    monkeypatch.setattr(replay, "_stream", lambda torch, index: 7)
     monkeypatch.setattr(replay, "_bind", lambda index: None)
     monkeypatch.setattr(replay, "encode", encode_emulated)
     monkeypatch.setattr(replay, "loaded", lambda config, index: Stub(config, made.launched))
@@ -152,19 +154,27 @@ def test_every_pointer_is_that_of_the_call(machine: Machine, name: str) -> None:
     known = remembered()
     given = len(known.spans)
     arrays = tuple(torch.zeros(1) if span else None for span in known.spans)
-    known.run(arrays)
+    results = known.run(torch, arrays, [-1 if x is None else x.data_ptr() for x in arrays])
+    results = results if isinstance(results, tuple) else (results,)
+    workspace: dict[int, set[int]] = {}
     for launch, prepared in zip(machine.launched, known.launches, strict=True):
-        rest = bytearray(launch.argument)
+        rest = array.array("Q", bytes(8) + launch.argument)
         for place, number in prepared.pointers:
-            pointer = int.from_bytes(launch.argument[place : place + 8], "little")
-            assert pointer != 0
+            pointer, rest[place] = rest[place], 0
             if number < given:
                 assert pointer == arrays[number].data_ptr()
-            rest[place : place + 8] = bytes(8)
-        for place, number, one in prepared.maps:
-            assert launch.argument[place : place + BYTES] == encode_emulated(one.at(arrays[number].data_ptr()))
-            rest[place : place + BYTES] = bytes(BYTES)
-        assert rest == prepared.argument
+            elif number < given + len(results):
+                assert pointer == results[number - given].data_ptr()
+            else:
+                workspace.setdefault(number - given - len(results), set()).add(pointer)
+        for part, number, words_at in prepared.maps:
+            assert rest[part] == words_at(arrays[number].data_ptr())
+            rest[part] = array.array("Q", bytes(BYTES))
+        assert rest == prepared.words
+    starts = {min(addresses) - known.offsets[number] for number, addresses in workspace.items()}
+    assert all(len(addresses) == 1 for addresses in workspace.values())
+    assert len(starts) == (1 if known.offsets else 0), "one allocation, in which each array has its place"
+    assert sorted(workspace) == list(range(len(known.offsets)))
 
 
 class MappedParams(ctypes.Structure):
@@ -186,7 +196,6 @@ def with_maps(planned: list[Launch], problem: Problem) -> list[Launch]:
 def test_maps_are_those_of_the_call(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = dispatch.plan_forward
     monkeypatch.setattr(dispatch, "plan_forward", lambda problem, *rest: with_maps(plan(problem, *rest), problem))
-    monkeypatch.setattr(replay, "encode", encode_emulated)
     first, second = qkv(), qkv()
     cuattn.attention(*first)
     (planned,) = machine.planned
@@ -253,13 +262,52 @@ def test_what_a_remembered_call_cannot_know_is_checked_again(machine: Machine, m
     monkeypatch.setenv("CUATTN_CHECK", "1")
     cuattn.attention(q, k, v)
     monkeypatch.delenv("CUATTN_CHECK")
-    cuattn.attention(q, k, k)
+    cuattn.attention(torch._neg_view(q), k, v)
     cuattn.attention(torch.nn.Parameter(q, requires_grad=False), k, v)
     with pytest.raises(ValueError, match=r"q: got memory at a multiple of 2 bytes"):
         cuattn.attention(torch.zeros(q.numel() + 1, dtype=q.dtype)[1:].view(q.shape), k, v)
     assert len(machine.planned) == 4 * planned
     cuattn.attention(q, k, v)
     assert len(machine.planned) == 4 * planned
+    with cuattn.use_backend("emulator", "sm_80"):
+        cuattn.attention(q, k, v)
+    assert len(machine.planned) == 5 * planned
+
+
+def test_what_has_no_form_is_refused_as_ever(machine: Machine) -> None:
+    q, k, v = qkv()
+    cuattn.attention(q, k, v)
+    with pytest.raises(TypeError, match=r"q: got a tensor of layout torch\.sparse_coo"):
+        cuattn.attention(q.to_sparse(), k, v)
+    with pytest.raises(TypeError, match="k: got a nested tensor"):
+        cuattn.attention(q, torch.nested.nested_tensor([k[0], k[1]]), v)
+    with pytest.raises((TypeError, ValueError), match="layout: got "):
+        cuattn.attention(q, k, v, layout=["bhsd"])
+    assert len(replay._remembered) == 1
+
+
+def test_empty_arrays_are_not_remembered(machine: Machine) -> None:
+    q, k, v = qkv()
+    for _ in range(2):
+        cuattn.attention(q, k[:, :, :0], v[:, :, :0])
+        cuattn.attention(q[:0], k[:0], v[:0])
+    assert replay._remembered == {}
+
+
+def test_arrays_that_are_one_are_remembered_as_one(machine: Machine) -> None:
+    """As lengths of packed queries and keys often are: such a call is none with two arrays, and the other way round."""
+    q, k, v = (normal(70, 2, 64) for _ in range(3))
+    starts = torch.tensor([0, 30, 70], dtype=torch.int32)
+    pairs = (starts, starts), (starts.clone(), starts.clone())
+    for pair in pairs:
+        cuattn.attention_varlen(q, k, v, *pair)
+    assert (len(machine.planned), len(replay._remembered)) == (2, 2)
+    for pair in pairs:
+        cuattn.attention_varlen(q, k, v, *pair)
+    assert len(machine.planned) == 2
+    for launched, pair in zip(machine.launched, pairs, strict=True):
+        sequences = ForwardSm90Params.from_buffer_copy(launched.argument).call.forward.sequences
+        assert [sequences.query_starts, sequences.key_starts] == [x.data_ptr() for x in pair]
 
 
 def test_caches_that_overlap_are_refused_each_time(machine: Machine) -> None:
