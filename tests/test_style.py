@@ -107,7 +107,7 @@ def test_torch_stays_out_of_what_computes() -> None:
         if re.search(r"^\s*(import torch|from torch)\b", file.read_text(encoding="utf-8"), re.MULTILINE)
     }
     assert "interop" in users
-    assert users <= {"autograd", "cli", "interop", "testing", "replay.py"}
+    assert users <= {"autograd", "cli", "compat", "interop", "testing", "replay.py"}
 
 
 def test_import_loads_no_optional_package() -> None:
