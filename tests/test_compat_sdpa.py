@@ -92,7 +92,7 @@ def test_grouped_heads(leading: tuple[int, ...], dtype: torch.dtype) -> None:
     q, _, _ = inputs(leading=(*leading, 4), dtype=dtype)
     _, k, v = inputs(leading=(*leading, 2), dtype=dtype)
     check((q, k, v), is_causal=True, enable_gqa=True)
-    check((q, k, v), torch.rand(4, 1, 7) > 0.4, enable_gqa=True)
+    check((q, k, v), torch.arange(28).view(4, 1, 7) % 3 > 0, enable_gqa=True)
 
 
 @pytest.mark.parametrize("scale", [0.3, -1.0, 0.0])
@@ -249,6 +249,16 @@ def test_compiled_without_a_break(masked: bool) -> None:
         (given,) = upstream(results[0])
         for got, wanted in zip(*(gradients(out, qkv, given) for out in results), strict=True):
             assert_bitwise_equal(got, wanted)
+
+
+def test_transforms() -> None:
+    q, k, v = (x.detach() for x in inputs())
+    out = scaled_dot_product_attention(q, k, v, PADDING[:, None, None], is_causal=True)
+    mapped = torch.func.vmap(lambda *x: scaled_dot_product_attention(*x, is_causal=True))(q, k, v, PADDING[:, None])
+    assert_bitwise_equal(mapped, out)
+    wanted = gradients(scaled_dot_product_attention(q.requires_grad_(), k, v), (q,), torch.ones_like(out))[0]
+    got = torch.func.grad(lambda q: scaled_dot_product_attention(q, k, v).sum())(q.detach())
+    assert_bitwise_equal(got, wanted)
 
 
 def test_autocast() -> None:

@@ -67,8 +67,12 @@ def _varlen_backward(
 
 def readable(x: Any) -> Any:
     """A tensor as kernels read it, of any strides and any part of a larger array, such as autograd hands over."""
-    placed = torch.compiler.is_compiling() or not are_plain((x,)) or x.data_ptr() % _ALIGNMENT == 0
-    return x if placed and _has_readable_strides(x) else x.clone(memory_format=torch.contiguous_format)
+    aligned = _has_no_pointer(x) or x.data_ptr() % _ALIGNMENT == 0
+    return x if aligned and _has_readable_strides(x) else x.clone(memory_format=torch.contiguous_format)
+
+
+def _has_no_pointer(x: Any) -> bool:
+    return torch.compiler.is_compiling() or not are_plain((x,)) or torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def _has_readable_strides(x: Any) -> bool:

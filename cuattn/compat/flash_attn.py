@@ -131,7 +131,7 @@ def flash_attn_varlen_func(
     else:
         _refuse_gradients(q, k, v)
         result = attention_kvcache(
-            *(readable(q), k, v, cu_seqlens_k.diff()),
+            *(*readable(q), k, v, cu_seqlens_k.diff()),
             block_table=block_table.contiguous(),
             cu_seqlens_q=cu_seqlens_q,
             mask=mask,
@@ -236,13 +236,13 @@ def flash_attn_with_kvcache(
         cache_seqlens = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     if isinstance(cache_seqlens, int):
         cache_seqlens = torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
-    k, v = (None if x is None else readable(x) for x in (k, v))
+    q, k, v = readable(q, k, v)
     if k is not None and k.shape[1] != q.shape[1]:
         append_kv(k, v, k_cache, v_cache, cache_seqlens, block_table=block_table)
         cache_seqlens = cache_seqlens + k.shape[1]
         k = v = None
     return attention_kvcache(
-        *(readable(q), k_cache, v_cache, cache_seqlens),
+        *(q, k_cache, v_cache, cache_seqlens),
         block_table=block_table,
         k_new=k,
         v_new=v,

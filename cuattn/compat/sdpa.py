@@ -79,18 +79,21 @@ def _with_one_batch(query: Any, key: Any, value: Any, enable_gqa: bool) -> tuple
     inputs = tuple(x.unsqueeze(0) if x.dim() == 2 else x for x in inputs)
     shared = 3 if enable_gqa else 2
     leading = [tuple(x.shape[:-shared]) for x in inputs]
-    try:
-        common = tuple(torch.broadcast_shapes(*leading))
-    except RuntimeError:
-        hint = "" if enable_gqa else " (enable_gqa=True shares heads)"
-        raise ValueError(
-            f"key, value: got leading dimensions {leading[1]}, {leading[2]}, "
-            f"expected ones that broadcast with query's {leading[0]}{hint}"
-        ) from None
+    common = leading[0]
+    if leading[1] != common or leading[2] != common:
+        try:
+            common = tuple(torch.broadcast_shapes(*leading))
+        except RuntimeError:
+            hint = "" if enable_gqa else " (enable_gqa=True shares heads)"
+            raise ValueError(
+                f"key, value: got leading dimensions {leading[1]}, {leading[2]}, "
+                f"expected ones that broadcast with query's {leading[0]}{hint}"
+            ) from None
+        inputs = tuple(x.expand(*common, *x.shape[-shared:]) for x in inputs)
     batch = common if enable_gqa else common[:-1]
-    size = math.prod(batch)
-    q, k, v = (x.expand(*common, *x.shape[-shared:]) for x in inputs)
-    return batch, *(x.reshape(size, *x.shape[-3:]) for x in (q, k, v))
+    if len(batch) != 1:
+        inputs = tuple(x.reshape(math.prod(batch), *x.shape[-3:]) for x in inputs)
+    return batch, *inputs
 
 
 def _heads_as_batch(x: Any, heads: int) -> Any:

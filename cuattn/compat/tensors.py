@@ -26,11 +26,11 @@ def check_tensors(**arguments: object) -> None:
             raise TypeError(f"{name}: got {type(got).__name__}, expected a torch tensor")
 
 
-def readable(x: Any) -> Any:
-    """``x``, or a copy of it in memory that kernels read."""
+def readable(*tensors: Any) -> tuple[Any, ...]:
+    """The tensors, or copies of them in memory that kernels read; None where one is None."""
     import cuattn.autograd.operators as operators
 
-    return operators.readable(x)
+    return tuple(x if x is None else operators.readable(x) for x in tensors)
 
 
 def attend(
@@ -53,7 +53,7 @@ def attend(
         scale = head_dim**-0.5 if scale is None else scale
     if columns % COLUMNS:
         v = _with_zeros(v, -columns % COLUMNS)
-    result = function(*map(readable, (q, k, v)), *others, scale=scale, return_lse=return_lse, **options)
+    result = function(*readable(q, k, v), *others, scale=scale, return_lse=return_lse, **options)
     if columns % COLUMNS == 0:
         return result
     return (result[0][..., :columns], result[1]) if return_lse else result[..., :columns]
