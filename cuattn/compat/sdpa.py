@@ -63,7 +63,8 @@ def scaled_dot_product_attention(
             padding = padding.expand(*batch, heads, keys).reshape(-1, keys)
             q, k, v = (_heads_as_batch(x, heads) for x in (q, k, v))
     out = _attend(q, k, v, diagonal, padding, scale)
-    return out.reshape(*batch, heads, rows, value.shape[-1]) if query.dim() > 2 else out[0, 0]
+    without_heads = query.dim() == key.dim() == value.dim() == 2
+    return out[0, 0] if without_heads else out.reshape(*batch, heads, rows, value.shape[-1])
 
 
 def _with_one_batch(query: Any, key: Any, value: Any, enable_gqa: bool) -> tuple[Any, Any, Any, Any]:
