@@ -15,6 +15,7 @@ OPTIONAL = {"cupy", "jax", "ml_dtypes", "rich", "torch", "transformers", "vllm"}
 LATE = {
     "cuattn/autograd/__init__.py": {"torch"},
     "cuattn/autograd/operators.py": {"torch"},
+    "cuattn/integrations/context_parallel.py": {"torch"},
     "cuattn/integrations/transformers.py": {"torch", "transformers"},
 }
 ASM = re.compile(r"\b(__)?asm(__)?\b")

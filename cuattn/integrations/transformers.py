@@ -72,9 +72,9 @@ def attention(
     if starts_q is not None and starts_k is not None:
         if attention_mask is not None and attention_mask.ndim != 1:
             _refuse("cu_seq_lens_q together with an attention_mask")
-        packed = (x.flatten(0, 1) for x in (q, k, v))
-        bounds = (x.to(torch.int32) for x in (starts_q, starts_k))
-        out = api.attention_varlen(*packed, *bounds, mask, scale=scaling)
+        starts_q, starts_k = (x.to(torch.int32) for x in (starts_q, starts_k))
+        packed = (*(x.flatten(0, 1) for x in (q, k, v)), starts_q, starts_k, mask)
+        out = api.attention_varlen(*packed, scale=scaling)
         return out.unflatten(0, q.shape[:2]), None
     if attention_mask is not None:
         if attention_mask.ndim != 2:
