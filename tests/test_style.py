@@ -17,6 +17,7 @@ LATE = {
     "cuattn/autograd/operators.py": {"torch"},
     "cuattn/integrations/context_parallel.py": {"torch"},
     "cuattn/integrations/transformers.py": {"torch", "transformers"},
+    "cuattn/integrations/vllm/backend.py": {"torch", "vllm"},
 }
 ASM = re.compile(r"\b(__)?asm(__)?\b")
 CONDITIONAL = re.compile(r"^\s*#\s*(if|ifdef|ifndef|elif|else)\b", re.MULTILINE)
