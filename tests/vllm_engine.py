@@ -7,6 +7,7 @@ engine generates are printed.
 
 import json
 import sys
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,14 +25,14 @@ calls: list[tuple[int, bool]] = []
 def compare(impl: Any, query: torch.Tensor, kv_cache: torch.Tensor, batch: Any, output: torch.Tensor) -> None:
     k_cache, v_cache = kv_cache.transpose(1, 2).split(impl.head_size, -1)
     starts = batch.starts.tolist()
-    for row, (first, end) in enumerate(zip(starts, starts[1:], strict=False)):
+    for row, (first, end) in enumerate(pairwise(starts)):
         if first == end:
             continue
         blocks, length = batch.block_table[row].long(), int(batch.lengths[row])
         k, v = (x[blocks].flatten(0, 1)[None, :length] for x in (k_cache, v_cache))
         alone = cuattn.attention(query[None, first:end], k, v, "causal", scale=impl.scale, layout="bshd")
         assert_bitwise_equal(output[None, first:end], alone)
-    calls.append((len(starts) - 1, len({end - first for first, end in zip(starts, starts[1:], strict=False)}) > 1))
+    calls.append((len(starts) - 1, len({end - first for first, end in pairwise(starts)}) > 1))
 
 
 def install() -> None:
@@ -40,8 +41,8 @@ def install() -> None:
     register_backend(AttentionBackendEnum.CPU_ATTN, "cuattn.integrations.vllm.backend.CuattnBackend")
     forward = CuattnImpl.forward
 
-    def compared(impl: Any, layer: Any, q: Any, k: Any, v: Any, cache: Any, batch: Any, output: Any, *rest: Any) -> Any:
-        forward(impl, layer, q, k, v, cache, batch, output, *rest)
+    def compared(impl: Any, layer: Any, q: Any, k: Any, v: Any, cache: Any, batch: Any, **options: Any) -> Any:
+        output = forward(impl, layer, q, k, v, cache, batch, **options)
         if batch is not None:
             compare(impl, q, cache, batch, output)
         return output
