@@ -12,6 +12,7 @@
 #include <attn/epilogue.cuh>
 #include <attn/key_copies.cuh>
 #include <attn/params.cuh>
+#include <attn/part.cuh>
 #include <attn/place.cuh>
 #include <attn/results.cuh>
 #include <attn/ring.cuh>
@@ -82,29 +83,6 @@ __device__ __forceinline__ BlockPlace block_place(const SplitParams& params, int
     const u32 block = config::split ? blockIdx.x / pieces : blockIdx.x;
     return BlockPlace(forward, forward.query_heads / forward.group, forward.group, lane, block);
 }
-
-// What a block computes of its rows: tiles [first_tile, end_tile), and of the rows' `chunks` chunks [first_chunk, end_chunk).
-struct Part {
-    int first_tile, end_tile;
-    int first_chunk, end_chunk, chunks;
-
-    // Number `piece` of the parts of equal numbers of tiles, each with the chunks that start in it, and the first one with
-    // the first chunk. The last keys' chunk may be cut off by the end of what rows see.
-    __device__ __forceinline__ Part(int tiles, int piece, int pieces)
-        : first_tile(0), end_tile(tiles), first_chunk(0), end_chunk(1), chunks(1) {
-        if constexpr (config::split) {
-            const auto start = [&](int piece) {
-                return config::chunk_count(static_cast<int>(i64(tiles) * piece / pieces) * key_tile);
-            };
-            chunks = max(1, config::chunk_count(tiles * key_tile));
-            first_chunk = piece == 0 ? 0 : max(1, start(piece));
-            end_chunk = piece + 1 == pieces ? chunks : max(1, start(piece + 1));
-            first_tile = config::chunk_start(first_chunk) / key_tile;
-            end_tile = min(tiles, config::chunk_start(end_chunk) / key_tile);
-        }
-    }
-    __device__ __forceinline__ bool is_whole() const { return !config::split || end_chunk - first_chunk == chunks; }
-};
 
 // The same as results.cuh has it. A group's place in the workspace is its number. A template, since only places of ragged
 // batches are sequences of keys.
@@ -258,6 +236,7 @@ class Consumer {
     }
     __device__ __forceinline__ void skip() {
         wait_filled();
+        __syncwarp();  // all lanes have seen it, before the slot's next turn may begin
         release(at_);
         at_ = at_.next();
     }

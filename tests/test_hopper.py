@@ -197,7 +197,7 @@ class Bug(NamedTuple):
     old: str
     new: str
     error: str | None
-    problem: Any = ManyRows(len_q=150, len_k=700, arch="sm_90a")
+    problem: Any = ManyRows(len_q=150, len_k=700, head_dim=128, arch="sm_90a")
     schedules: tuple[str, ...] = emulator.SCHEDULES
 
 
@@ -221,7 +221,7 @@ BUGS = {
         "deadlock",
     ),
     "tiles are copied into slots in use": Bug(
-        RING, "        ptx::mbarrier_wait(free + place.slot * ptx::mbarrier_bytes, place.parity ^ 1);\n", "", UNORDERED
+        RING, "        ptx::mbarrier_wait(free + place.slot * ptx::mbarrier_bytes, place.parity ^ 1);\n", "", f"{UNORDERED}|more than 1 arrivals"
     ),
     "queries are hidden from the products": Bug(
         KERNEL, "        ptx::fence_async_proxy();\n        meet();", "        meet();", "asynchronous proxy"

@@ -26,6 +26,7 @@ __device__ __forceinline__ void fill_ring(u32 free, int first, int end, Copy& co
     RingPlace<slots> place;
     const auto step = [&](bool values, int tile) {
         ptx::mbarrier_wait(free + place.slot * ptx::mbarrier_bytes, place.parity ^ 1);
+        __syncwarp();  // all lanes have seen it, before one of them may begin the slot's next turn
         copy(place, values, tile);
         place = place.next();
     };
