@@ -7,8 +7,8 @@
 runs with this interpreter, which needs CuPy, torch for CUDA, ml_dtypes, a C++ compiler, and pytest with its plugins
 xdist and timeout. FOLDER gets log.txt (all output), summary.txt, decode.csv, forward.csv, backward.csv,
 backward_memory.csv, padded.csv, host_cost.csv, accuracy.csv, jit_time.csv and check.json. The variable COMMIT says
-which commit to note in the CSV files. A planted_* step passes if compute-sanitizer finds the bug that was planted. Exit status 0 if all
-steps passed.
+which commit to note in the CSV files. A planted_* step passes if compute-sanitizer finds the bug that was planted. Exit
+status 0 if all steps passed.
 """
 
 import argparse
