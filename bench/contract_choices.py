@@ -30,6 +30,7 @@ from cuattn import config, contract, emulator, schedule
 from cuattn.checks import check_attention
 from cuattn.interop import Tensor, import_tensor
 from cuattn.interop.numpy_ import numpy_dtype
+from cuattn.launches import Target
 from cuattn.reference.gold import gold_attention
 from cuattn.testing.arrays import round_to_bits, values_of
 
@@ -132,7 +133,7 @@ def run_kernel(arrays: Sequence[NDArray[Any]], dtype: str) -> tuple[NDArray[Any]
     problem = check_attention(q, k, v, "full", None, None, "bhsd", None)
     out, lse = np.empty(q.shape, np.float32), np.empty(q.shape[:3], np.float32)
     words, logs = import_tensor(out.view(np.uint16), "out"), import_tensor(lse, "lse")
-    target = schedule.Target(ARCH, 1)
+    target = Target(ARCH, 1)
 
     def workspace(shape: tuple[int, ...], dtype: str) -> Tensor:
         return import_tensor(np.empty(shape, dtype), "workspace")

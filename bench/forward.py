@@ -107,7 +107,8 @@ def prepared_launches(q: Any, k: Any, v: Any, mask: str) -> Call:
     from cuattn.checks import check_attention
     from cuattn.interop import Tensor, import_tensor
     from cuattn.launch import device_architecture, launch_kernel, processor_count
-    from cuattn.schedule import Target, plan_forward
+    from cuattn.launches import Target
+    from cuattn.schedule import plan_forward
 
     problem = check_attention(q, k, v, mask, None, None, "bhsd", None)
     query = problem.query

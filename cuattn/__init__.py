@@ -15,7 +15,7 @@ from cuattn.partials import attention_partials, chunk_starts, combine
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from cuattn import jax, testing
+    from cuattn import compat, jax, testing
 
 __all__ = [
     "CONTRACT_VERSION",
@@ -30,6 +30,7 @@ __all__ = [
     "attention_varlen_backward",
     "chunk_starts",
     "combine",
+    "compat",
     "jax",
     "precompile",
     "testing",
@@ -38,7 +39,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `cuattn.jax` and `cuattn.testing` when they are first asked for."""
-    if name in ("jax", "testing"):
+    """Imports `cuattn.compat`, `cuattn.jax` and `cuattn.testing` when they are first asked for."""
+    if name in ("compat", "jax", "testing"):
         return importlib.import_module(f"cuattn.{name}")
     raise AttributeError(f"module 'cuattn' has no attribute {name!r}")

@@ -5,12 +5,14 @@ from dataclasses import replace
 import numpy as np
 
 from cuattn import config as configs
+from cuattn.attend import Attend
 from cuattn.config import KernelConfig
 from cuattn.config.backward import RECORD_BYTES
 from cuattn.interop import Tensor
+from cuattn.launches import LARGEST_GRID, Allocate, Launch, Target, strides_of
 from cuattn.params import BackwardParams
 from cuattn.problem import Gradients, Problem, Upstream
-from cuattn.schedule import LARGEST_GRID, Allocate, Attend, Launch, Target, plan_scan, strides_of
+from cuattn.schedule import plan_scan
 
 
 def plan_backward(

@@ -8,9 +8,10 @@ from cuattn.backend import Backend
 from cuattn.backward import plan_backward
 from cuattn.interop import Tensor
 from cuattn.launch import device_architecture, launch_kernel, processor_count
+from cuattn.launches import Allocate, Launch, Target
 from cuattn.problem import Append, Gradients, Problem, Upstream
 from cuattn.problem import Sequences as SequenceLengths
-from cuattn.schedule import Allocate, Launch, Target, plan_append, plan_combine, plan_forward, plan_partials
+from cuattn.schedule import plan_append, plan_combine, plan_forward, plan_partials
 
 #: Multiprocessors of an emulated device: few, and not a power of two, so that ranges of chunks end anywhere.
 EMULATED_PROCESSORS = 3

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from cuattn.config import KernelConfig
 from cuattn.devices import device_architecture, device_count, import_cupy, processor_count
 from cuattn.jit import check_driver, cubin_path
-from cuattn.schedule import Launch
+from cuattn.launches import Launch
 from cuattn.tensor_map import argument, encode
 
 __all__ = ["device_architecture", "device_count", "launch_kernel", "loaded", "processor_count", "words_of"]

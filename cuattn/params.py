@@ -99,8 +99,20 @@ class PartialParams(ctypes.Structure):
     ]
 
 
-class ColumnsParams(ctypes.Structure):
+class SplitParams(ctypes.Structure):
     _fields_ = [("forward", ForwardParams), ("partials", PartialParams)]
+
+
+class ForwardSm90Params(ctypes.Structure):
+    _fields_ = mapped(
+        [
+            ("key_map", TensorMapBytes),
+            ("value_map", TensorMapBytes),
+            ("call", SplitParams),
+            ("merged", _POINTER),
+            ("pieces", _INT),
+        ]
+    )
 
 
 class CombineParams(ctypes.Structure):

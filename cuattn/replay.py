@@ -25,7 +25,7 @@ from cuattn import backend, env
 from cuattn.devices import import_cupy
 from cuattn.interop import Tensor
 from cuattn.launch import Kernel, Words, loaded, words_of
-from cuattn.schedule import Launch
+from cuattn.launches import Launch
 from cuattn.tensor_map import BYTES, TensorMap, encode
 
 #: Whether a torch tensor lies where calls are remembered, and the backends whose calls are.
@@ -175,7 +175,7 @@ class _Prepared(NamedTuple):
             return None
         pointers = tuple((1 + offset // _WORD, numbers[pointer]) for offset, pointer in fields)
         maps = tuple(
-            (slice(1 + offset // _WORD, 1 + (offset + BYTES) // _WORD), numbers[x.pointer], _maps_at(x))
+            (slice(1 + offset // _WORD, 1 + (offset + BYTES) // _WORD), numbers[x.pointer], _maps_at(x.at(0)))
             for offset, x in described.items()
         )
         words = words_of(bytes(launch.params))
@@ -184,6 +184,7 @@ class _Prepared(NamedTuple):
         return cls(kernel, launch.grid, words, pointers, maps)
 
 
+@functools.lru_cache(LARGEST_MEMORY)
 def _maps_at(tensor_map: TensorMap) -> Callable[[int], Words]:
     """The map's words for any address of its array."""
     return functools.lru_cache(MAPS_AT_HAND)(lambda pointer: array.array("Q", encode(tensor_map.at(pointer))))

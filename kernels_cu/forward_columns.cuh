@@ -68,7 +68,7 @@ static_assert(sizeof(SharedMemory) == config::shared_bytes);
 // One block on one part of its work.
 class BlockRows {
   public:
-    __device__ __forceinline__ BlockRows(const ColumnsParams& params, SharedMemory& shared)
+    __device__ __forceinline__ BlockRows(const SplitParams& params, SharedMemory& shared)
         : params_(params),
           shared_(shared),
           lane_(threadIdx.x & 31),
@@ -242,7 +242,7 @@ class BlockRows {
         }
     }
 
-    const ColumnsParams& params_;
+    const SplitParams& params_;
     SharedMemory& shared_;
     const int lane_, row_warp_, column_warp_;
     const Scores scores_;
@@ -252,7 +252,7 @@ class BlockRows {
 };
 
 extern "C" __global__ void __launch_bounds__(threads, config::blocks_per_multiprocessor)
-    forward_columns(const __grid_constant__ ColumnsParams params) {
+    forward_columns(const __grid_constant__ SplitParams params) {
     BlockRows block(params, *static_cast<SharedMemory*>(ptx::dynamic_shared()));
     const int lane = threadIdx.x & 31;
     Work work;

@@ -167,10 +167,12 @@ extern "C" __global__ void __launch_bounds__(threads, config::blocks_per_multipr
     const BlockPlace end(params, params.query_heads, 1, lane);  // found again rather than kept in registers
     const int first_row = end.query_start + warp_row;
     const i64 lse_row = (i64(end.query_batch) * params.query_heads + end.head) * params.query_length + first_row;
-    store_rows<head_dim, tile_dim, config::bfloat16>(
-        out, rows, warp_memory,
-        end.start_of(static_cast<u16*>(params.out), params.out_strides, end.query_batch, end.head, first_row),
-        params.out_strides.token, params.lse + lse_row, min(16, end.query_length - warp_row));
+    u16* const row_out =
+        end.start_of(static_cast<u16*>(params.out), params.out_strides, end.query_batch, end.head, first_row);
+    store_rows<head_dim, KeyTile, config::bfloat16>(
+        out, rows, warp_memory, min(16, end.query_length - warp_row),
+        [&](int row) { return row_out + row * params.out_strides.token; },
+        [&](int row) { return params.lse + lse_row + row; });
 }
 
 }  // namespace cuattn

@@ -18,7 +18,7 @@ from cuattn.config.base import Constants
 from cuattn.emulator import build
 from cuattn.interop import import_tensor
 from cuattn.jit.compiler import compile_cubin
-from cuattn.schedule import Launch
+from cuattn.launches import Launch
 
 SOURCE = Path(__file__).parent / "kernels" / "hardware.cuh"
 

@@ -26,7 +26,7 @@ APPEND, SCAN, COMPACTION = "append_kv.cuh", "scan_mask.cuh", "attn/compaction.cu
 KEYS, QUERIES, ROWS, COMPACT = (
     *("backward_keys.cuh", "backward_queries.cuh", "backward_rows.cuh", "compact_rows.cuh"),
 )
-STORE_ROW = "ptx::store_global_u32x4(row_out + row * stride + unit * 8,"
+STORE_ROW = "ptx::store_global_u32x4(row_out(row) + unit * 8,"
 KERNEL_START = "SharedMemory& shared = *static_cast<SharedMemory*>(ptx::dynamic_shared());"
 STORE_PAIR = "                store_pair<float32, bfloat16>(params.out, start + column"
 UNORDERED = "race with a (read|write) by thread|never written|a copy to there has not been waited for"
@@ -99,7 +99,7 @@ BUGS = {
     "a store between the rows": Bug(
         EPILOGUE,
         STORE_ROW,
-        f"if (row == 3) ptx::store_global_u32x4(row_out + row * stride + 64 + unit * 8, uint4{{}});\n{STORE_ROW}",
+        f"if (row == 3) ptx::store_global_u32x4(row_out(row) + 64 + unit * 8, uint4{{}});\n{STORE_ROW}",
         r"^out: 640 bytes between its elements were written",
         ManyRows(row_stride=2),
     ),

@@ -8,8 +8,9 @@ import numpy.typing as npt
 
 from cuattn import emulator
 from cuattn.interop import Tensor, import_tensor
+from cuattn.launches import Target
 from cuattn.problem import Append, Sequences
-from cuattn.schedule import Target, plan_append, plan_scan
+from cuattn.schedule import plan_append, plan_scan
 
 TARGET = Target("sm_80", 3)
 Array = npt.NDArray[Any]

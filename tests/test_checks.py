@@ -20,7 +20,8 @@ import cuattn
 from cuattn import checks
 from cuattn.checks import arrays, outputs
 from cuattn.interop import Device, Tensor, import_tensor
-from cuattn.schedule import Target, plan_forward
+from cuattn.launches import Target
+from cuattn.schedule import plan_forward
 from cuattn.testing.subject import Operation
 
 CUDA = Device("cuda", 0)

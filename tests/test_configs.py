@@ -22,7 +22,7 @@ from cuattn.config import (
     many_rows,
 )
 from cuattn.config.columns import ColumnsConfig
-from cuattn.schedule import Launch
+from cuattn.launches import Launch
 
 
 def check_fit(config: KernelConfig, arch: str, blocks: int = 1) -> None:

@@ -1,9 +1,10 @@
 """README.md and docs/ say what is true: their Python runs, their links lead somewhere, .ci/run types their commands.
 
-A block fenced as ``python`` runs everywhere. One fenced as ``python gpu`` runs where there is a CUDA device, and is
-compiled everywhere.
+A block fenced as ``python`` runs everywhere. One fenced as ``python gpu`` runs where there is a CUDA device, one as
+``python needs=package`` where that package is installed; both are compiled everywhere.
 """
 
+import importlib.util
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,17 +43,21 @@ def blocks_of(page: Path) -> list[Block]:
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 PYTHON = [block for block in BLOCKS if block.info[:1] == ("python",)]
+NEEDS = "needs="
 SHELL = [block for block in BLOCKS if block.info[:1] == ("bash",)]
 
 
 @pytest.mark.parametrize("block", [block for block in PYTHON if "gpu" not in block.info], ids=str)
 def test_python_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in (mark.removeprefix(NEEDS) for mark in block.info if mark.startswith(NEEDS)):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
     monkeypatch.chdir(tmp_path)
     block.execute()
 
 
-@pytest.mark.parametrize("block", [block for block in PYTHON if "gpu" in block.info], ids=str)
-def test_gpu_python_compiles(block: Block) -> None:
+@pytest.mark.parametrize("block", [block for block in PYTHON if len(block.info) > 1], ids=str)
+def test_python_with_needs_compiles(block: Block) -> None:
     compile(block.source, str(block), "exec")
 
 
@@ -65,7 +70,7 @@ def test_gpu_python_runs(block: Block, tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_every_fence_is_marked_as_expected() -> None:
     """A misspelt mark would take a block out of the tests."""
-    known = {("python",), ("python", "gpu"), ("bash",), ("text",), ("cpp",)}
+    known = {("python",), ("python", "gpu"), ("python", f"{NEEDS}transformers"), ("bash",), ("text",), ("cpp",)}
     assert {block.info for block in BLOCKS} <= known
     assert any(block.page.name == "README.md" for block in PYTHON)
 

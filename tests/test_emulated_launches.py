@@ -14,7 +14,7 @@ from cuattn.config.base import Constants
 from cuattn.emulator import build
 from cuattn.errors import EmulatorError
 from cuattn.interop import import_tensor
-from cuattn.schedule import Launch
+from cuattn.launches import Launch
 
 SOURCE = Path(__file__).parent / "kernels" / "moves.cuh"
 NOTHING = -1

@@ -17,6 +17,7 @@ from cuattn.config import (
     CombineConfig,
     CompactConfig,
     ForwardConfig,
+    ForwardSm90Config,
     KernelConfig,
     KeysConfig,
     QueriesConfig,
@@ -119,7 +120,7 @@ def test_nothing_of_the_batch_can_reach_a_unit() -> None:
         kinds.add(type(config))
         assert not sees_the_batch(jit.kernel_source(config))
     assert kinds == {
-        *(ForwardConfig, ColumnsConfig, CombineConfig, AppendConfig, ScanConfig),
+        *(ForwardConfig, ForwardSm90Config, ColumnsConfig, CombineConfig, AppendConfig, ScanConfig),
         *(RowsConfig, CompactConfig, KeysConfig, QueriesConfig),
     }
     for kind in kinds:

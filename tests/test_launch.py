@@ -9,7 +9,7 @@ import pytest
 
 from cuattn import devices, env, launch
 from cuattn.config import ForwardConfig
-from cuattn.schedule import Launch
+from cuattn.launches import Launch
 
 KERNEL = """struct Params { int* out; int value; char padding[84]; int last; };
 extern "C" __global__ void forward_sm80(const Params params) {

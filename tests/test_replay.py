@@ -15,10 +15,10 @@ from cuattn import dispatch, replay
 from cuattn.config import KernelConfig
 from cuattn.interop import import_tensor
 from cuattn.launch import Words
-from cuattn.params import ForwardParams, TensorMapBytes, mapped
+from cuattn.launches import Launch
+from cuattn.params import ForwardSm90Params, TensorMapBytes, mapped
 from cuattn.problem import Problem
-from cuattn.schedule import Launch
-from cuattn.tensor_map import TensorMap, encode_emulated
+from cuattn.tensor_map import BYTES, TensorMap, encode_emulated
 
 
 class Launched(NamedTuple):
@@ -62,6 +62,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     monkeypatch.setattr(replay, "_current_device", lambda torch: None)
     monkeypatch.setattr(replay, "_stream", lambda torch, index: 7)
     monkeypatch.setattr(replay, "_bind", lambda index: None)
+    monkeypatch.setattr(replay, "encode", encode_emulated)
     monkeypatch.setattr(replay, "loaded", lambda config, index: Stub(config, made.launched))
     monkeypatch.setattr(dispatch.emulator, "run", made.run)
     replay.forget()
@@ -166,6 +167,9 @@ def test_every_pointer_is_that_of_the_call(machine: Machine, name: str) -> None:
                 assert pointer == results[number - given].data_ptr()
             else:
                 workspace.setdefault(number - given - len(results), set()).add(pointer)
+        for part, number, words_at in prepared.maps:
+            assert rest[part] == words_at(arrays[number].data_ptr())
+            rest[part] = array.array("Q", bytes(BYTES))
         assert rest == prepared.words
     starts = {min(addresses) - known.offsets[number] for number, addresses in workspace.items()}
     assert all(len(addresses) == 1 for addresses in workspace.values())
@@ -192,7 +196,6 @@ def with_maps(planned: list[Launch], problem: Problem) -> list[Launch]:
 def test_maps_are_those_of_the_call(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = dispatch.plan_forward
     monkeypatch.setattr(dispatch, "plan_forward", lambda problem, *rest: with_maps(plan(problem, *rest), problem))
-    monkeypatch.setattr(replay, "encode", encode_emulated)
     first, second = qkv(), qkv()
     cuattn.attention(*first)
     (planned,) = machine.planned
@@ -303,7 +306,7 @@ def test_arrays_that_are_one_are_remembered_as_one(machine: Machine) -> None:
         cuattn.attention_varlen(q, k, v, *pair)
     assert len(machine.planned) == 2
     for launched, pair in zip(machine.launched, pairs, strict=True):
-        sequences = ForwardParams.from_buffer_copy(launched.argument).sequences
+        sequences = ForwardSm90Params.from_buffer_copy(launched.argument).call.forward.sequences
         assert [sequences.query_starts, sequences.key_starts] == [x.data_ptr() for x in pair]
 
 

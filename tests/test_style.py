@@ -10,9 +10,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "kernels_cu"
 TWINS = ROOT / "cuattn" / "emulator" / "include"
-OPTIONAL = {"cupy", "jax", "ml_dtypes", "rich", "torch"}
+OPTIONAL = {"cupy", "jax", "ml_dtypes", "rich", "torch", "transformers", "vllm"}
 #: Modules that are imported inside functions themselves, with what they import when they are loaded.
-LATE = {"cuattn/autograd/__init__.py": {"torch"}, "cuattn/autograd/operators.py": {"torch"}}
+LATE = {
+    "cuattn/autograd/__init__.py": {"torch"},
+    "cuattn/autograd/operators.py": {"torch"},
+    "cuattn/integrations/context_parallel.py": {"torch"},
+    "cuattn/integrations/transformers.py": {"torch", "transformers"},
+    "cuattn/integrations/vllm/backend.py": {"torch", "vllm"},
+}
 ASM = re.compile(r"\b(__)?asm(__)?\b")
 CONDITIONAL = re.compile(r"^\s*#\s*(if|ifdef|ifndef|elif|else)\b", re.MULTILINE)
 
@@ -107,10 +113,10 @@ def test_torch_stays_out_of_what_computes() -> None:
         if re.search(r"^\s*(import torch|from torch)\b", file.read_text(encoding="utf-8"), re.MULTILINE)
     }
     assert "interop" in users
-    assert users <= {"autograd", "cli", "interop", "testing", "replay.py"}
+    assert users <= {"autograd", "cli", "compat", "integrations", "interop", "testing", "replay.py"}
 
 
 def test_import_loads_no_optional_package() -> None:
-    program = f"import sys, cuattn; print(sorted({OPTIONAL!r} & set(sys.modules)))"
+    program = f"import sys, cuattn.compat; print(sorted({OPTIONAL!r} & set(sys.modules)))"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert loaded == "[]\n"

@@ -14,8 +14,8 @@ from test_emulated_launches import MovesConfig
 from cuattn import emulator, launch, tensor_map
 from cuattn.emulator import build
 from cuattn.interop import Tensor, import_tensor
+from cuattn.launches import Launch
 from cuattn.params import TensorMapBytes, mapped
-from cuattn.schedule import Launch
 from cuattn.tensor_map import TensorMap, can_map
 
 SOURCE = Path(__file__).parent / "kernels" / "mapped.cuh"

@@ -44,7 +44,7 @@ def _attention_backward(
     scale: float | None,
     layout: str,
 ) -> Any:
-    arrays = _readable(dout), q, k, v, out, lse, _contiguous(dlse)
+    arrays = readable(dout), q, k, v, out, lse, _contiguous(dlse)
     return calls.attention_backward(*arrays, mask, scale, padding, layout, lengths)
 
 
@@ -61,14 +61,18 @@ def _varlen_backward(
     mask: str,
     scale: float | None,
 ) -> Any:
-    arrays = _readable(dout), q, k, v, out, lse, _contiguous(dlse)
+    arrays = readable(dout), q, k, v, out, lse, _contiguous(dlse)
     return calls.attention_varlen_backward(*arrays, starts_q, starts_k, mask, None, None, scale)
 
 
-def _readable(x: Any) -> Any:
-    """A gradient as kernels read it: autograd hands over any strides and any part of a larger array."""
-    readable = x.data_ptr() % _ALIGNMENT == 0 and _has_readable_strides(x)
-    return x if readable else x.clone(memory_format=torch.contiguous_format)
+def readable(x: Any) -> Any:
+    """A tensor as kernels read it, of any strides and any part of a larger array, such as autograd hands over."""
+    aligned = _has_no_pointer(x) or x.data_ptr() % _ALIGNMENT == 0
+    return x if aligned and _has_readable_strides(x) else x.clone(memory_format=torch.contiguous_format)
+
+
+def _has_no_pointer(x: Any) -> bool:
+    return torch.compiler.is_compiling() or not are_plain((x,)) or torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def _has_readable_strides(x: Any) -> bool:

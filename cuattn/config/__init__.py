@@ -1,8 +1,9 @@
 """KernelConfig: all that a compiled kernel may depend on. Batch, lengths, device size and splits have no place here."""
 
 import functools
+from dataclasses import replace
 
-from cuattn.config import forward
+from cuattn.config import forward, hopper
 from cuattn.config.backward import CompactConfig, KeysConfig, QueriesConfig, RowsConfig
 from cuattn.config.base import (
     ARCHITECTURES,
@@ -16,6 +17,7 @@ from cuattn.config.base import (
 )
 from cuattn.config.columns import ColumnsConfig
 from cuattn.config.forward import ForwardConfig
+from cuattn.config.hopper import ForwardSm90Config
 from cuattn.config.small import AppendConfig, CombineConfig, ScanConfig
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "CombineConfig",
     "CompactConfig",
     "ForwardConfig",
+    "ForwardSm90Config",
     "KernelConfig",
     "KeysConfig",
     "QueriesConfig",
@@ -52,8 +55,10 @@ def _is_tiled(head_dim: int, value_dim: int, dtype: str) -> bool:
 @functools.cache
 def many_rows(
     head_dim: int, value_dim: int, mask: str, dtype: str, arch: str, ragged: bool, paged: bool
-) -> ForwardConfig | ColumnsConfig:
+) -> ForwardSm90Config | ForwardConfig | ColumnsConfig:
     """The kernel for prefill. Its signature is the invariance: nothing of the batch can reach the choice."""
+    if arch == hopper.ARCH and dtype in hopper.DTYPES:
+        return ForwardSm90Config(head_dim, value_dim, mask, dtype, arch, ragged, paged)
     if _is_tiled(head_dim, value_dim, dtype):
         return ForwardConfig(head_dim, mask, dtype, arch, ragged, paged)
     return few_rows(head_dim, value_dim, mask, dtype, arch, paged, split=False)
@@ -75,8 +80,9 @@ def attention_configs(
     shape = (head_dim, value_dim, mask, dtype, arch)
     lengths = [(False, False), (True, False), (True, True)]
     many = [many_rows(*shape, ragged, paged) for ragged, paged in lengths]
+    shared = [replace(kernel, split=True) for kernel in many if isinstance(kernel, ForwardSm90Config) and kernel.ragged]
     few = [few_rows(*shape, paged) for paged in (False, True)]
-    return [*dict.fromkeys([*many, *few]), CombineConfig(value_dim, dtype, arch)]
+    return [*dict.fromkeys([*many, *shared, *few]), CombineConfig(value_dim, dtype, arch)]
 
 
 def backward_configs(

@@ -21,7 +21,7 @@ class ColumnsConfig(KernelConfig):
     """
 
     kernel = "forward_columns"
-    params = "ColumnsParams"
+    params = "SplitParams"
 
     head_dim: int
     value_dim: int

@@ -11,7 +11,7 @@ from cuattn.emulator import build, hardware
 from cuattn.errors import EmulatorError
 from cuattn.interop import Tensor
 from cuattn.interop.numpy_ import aligned_empty
-from cuattn.schedule import Launch
+from cuattn.launches import Launch
 from cuattn.tensor_map import argument, encode_emulated
 
 #: Orders in which threads run and copies land; random ones vary by seed. A correct kernel has the same bits under all.

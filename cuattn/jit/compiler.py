@@ -18,13 +18,15 @@ _REPORT_FLAG = "--ptxas-options=-v"
 
 @dataclass(frozen=True)
 class Resources:
-    """What ptxas says a kernel uses: registers a thread; bytes of local memory a thread; shared bytes a block."""
+    """What ptxas says of a kernel: registers a thread; bytes of local memory a thread; static shared bytes a block; and
+    whether products of warpgroups wait for each other, for want of registers or of an order that ptxas understands."""
 
     registers: int
     stack_frame: int
     spill_stores: int
     spill_loads: int
     static_shared: int
+    serialized: bool = False
 
     @property
     def spills(self) -> bool:
@@ -92,6 +94,7 @@ def parse_resources(log: str) -> Resources:
         spill_stores=largest(r"(\d+) bytes spill stores"),
         spill_loads=largest(r"(\d+) bytes spill loads"),
         static_shared=largest(r"(\d+) bytes smem"),
+        serialized="wgmma.mma_async instructions are serialized" in log,
     )
 
 

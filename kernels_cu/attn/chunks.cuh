@@ -24,15 +24,17 @@ struct Fold {
     }
 };
 
-// The fp32 result of a warp's finished chunks, in shared memory of the warp's own, so that the accumulators of the
-// running chunk keep the registers.
-template <int blocks>
+// The fp32 result of a warp's finished chunks, in memory of the warp's own, so that the accumulators of the running chunk
+// keep the registers: shared memory, but for the outputs where they are in global memory.
+template <int blocks, bool out_in_shared = true>
 class MergedChunks {
   public:
-    static constexpr int out_bytes = blocks * 32 * 16;         // [column block][lane][4]
+    static constexpr int out_floats = blocks * 32 * 4;  // [column block][lane][4]
+    static constexpr int out_bytes = out_in_shared ? out_floats * 4 : 0;
     static constexpr int bytes_per_warp = out_bytes + 8 * 16;  // then [lane / 4]: two references, two sums
 
-    __device__ __forceinline__ explicit MergedChunks(u32 warp_memory) : memory_(warp_memory) {}
+    __device__ __forceinline__ explicit MergedChunks(u32 warp_memory, float* warp_out = nullptr)
+        : memory_(warp_memory), out_(warp_out) {}
 
     // Folds the finished chunk in `out` and `rows` into what is stored; the merged result is in `out` and `rows`, its
     // sums complete. `first`: nothing is stored yet, which is the fold into R = no_reference, L = 0, O = 0.
@@ -48,7 +50,7 @@ class MergedChunks {
         rows.reference[1] = lower.reference;
 #pragma unroll
         for (int i = 0; i < blocks; ++i) {
-            const float4 merged = ptx::load_shared_f32x4(out_slot(i));
+            const float4 merged = load_block(i);
             out[i][0] = upper(merged.x, out[i][0]);
             out[i][1] = upper(merged.y, out[i][1]);
             out[i][2] = lower(merged.z, out[i][2]);
@@ -59,7 +61,7 @@ class MergedChunks {
     __device__ __forceinline__ void store(const float (&out)[blocks][4], const RowStatistics& rows) const {
 #pragma unroll
         for (int b = 0; b < blocks; ++b) {
-            ptx::store_shared_f32x4(out_slot(b), make_float4(out[b][0], out[b][1], out[b][2], out[b][3]));
+            store_block(b, make_float4(out[b][0], out[b][1], out[b][2], out[b][3]));
         }
         __syncwarp();  // the four lanes of a row share its slot: all have read it before one writes
         if ((threadIdx.x & 3) == 0) {
@@ -70,12 +72,28 @@ class MergedChunks {
     }
 
   private:
-    __device__ __forceinline__ u32 out_slot(int block) const {
-        return memory_ + (block * 32 + (threadIdx.x & 31)) * 16;
+    // One address, from which blocks have fixed distances.
+    __device__ __forceinline__ u32 shared_slot(int block) const {
+        return memory_ + (threadIdx.x & 31) * 16 + block * 512;
+    }
+    __device__ __forceinline__ float* global_slot(int block) const {
+        return out_ + (threadIdx.x & 31) * 4 + block * 128;
+    }
+    __device__ __forceinline__ float4 load_block(int block) const {
+        if constexpr (out_in_shared) return ptx::load_shared_f32x4(shared_slot(block));
+        return ptx::load_global_f32x4(global_slot(block));
+    }
+    __device__ __forceinline__ void store_block(int block, float4 x) const {
+        if constexpr (out_in_shared) {
+            ptx::store_shared_f32x4(shared_slot(block), x);
+        } else {
+            ptx::store_global_f32x4(global_slot(block), x);
+        }
     }
     __device__ __forceinline__ u32 row_slot() const { return memory_ + out_bytes + (threadIdx.x & 31) / 4 * 16; }
 
     u32 memory_;
+    float* out_;
 };
 
 }  // namespace cuattn

@@ -42,12 +42,11 @@ __device__ __forceinline__ void store_pair(void* out, i64 element, float low, fl
 }
 
 // Writes a warp's 16 rows. out[b][c]: column 8 b + 2 (lane % 4) + c % 2 of row lane / 4 + 8 (c / 2). `scratch`: 16 rows
-// of the warp's own shared memory, through which rows are regrouped into 16-byte stores. `row_out` and `row_lse` point
-// at the warp's first row, of which the first `valid` exist, 16 at most.
-template <int head_dim, int tile_dim, bool bfloat16, int blocks>
+// of a tile of the kind Rows, the warp's own shared memory, through which rows are regrouped into 16-byte stores. Row r goes
+// to row_out(r), its LSE to row_lse(r); of the rows the first `valid` exist, 16 at most.
+template <int head_dim, class Rows, bool bfloat16, int blocks, class RowOut, class RowLse>
 __device__ __forceinline__ void store_rows(const float (&out)[blocks][4], const RowStatistics& rows, u32 scratch,
-                                           u16* row_out, i64 stride, float* row_lse, int valid) {
-    using Rows = Tile<tile_dim>;
+                                           int valid, const RowOut& row_out, const RowLse& row_lse) {
     constexpr int units = head_dim / 8;
     const int lane = threadIdx.x & 31;
     __syncwarp();
@@ -62,7 +61,7 @@ __device__ __forceinline__ void store_rows(const float (&out)[blocks][4], const 
                                                             normalised(out[b][2 * half + 1], scale)));
         }
         if ((lane & 3) == 0 && row < valid) {
-            ptx::store_global_f32(row_lse + row, log_sum_exp(rows.reference[half], rows.sum[half]));
+            ptx::store_global_f32(row_lse(row), log_sum_exp(rows.reference[half], rows.sum[half]));
         }
     }
     __syncwarp();
@@ -70,8 +69,7 @@ __device__ __forceinline__ void store_rows(const float (&out)[blocks][4], const 
     for (int i = 0; i < 16 * units; i += 32) {
         const int row = (i + lane) / units, unit = (i + lane) % units;
         if (row < valid) {
-            ptx::store_global_u32x4(row_out + row * stride + unit * 8,
-                                    ptx::load_shared_u32x4(scratch + Rows::offset(row, unit)));
+            ptx::store_global_u32x4(row_out(row) + unit * 8, ptx::load_shared_u32x4(scratch + Rows::offset(row, unit)));
         }
     }
 }

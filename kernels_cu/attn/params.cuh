@@ -1,6 +1,7 @@
 // The arguments of the kernels; cuattn/params.py mirrors them field by field. Any pointer to lengths may be null.
 #pragma once
 
+#include <common/tensor_map.cuh>
 #include <common/types.cuh>
 
 namespace cuattn {
@@ -61,9 +62,17 @@ struct Partials {
     int by_group;                // workspace: a group has the place of its number, else of the block it starts in
 };
 
-struct ColumnsParams {
+// Of kernels whose blocks may have some of a row's chunks.
+struct SplitParams {
     ForwardParams forward;
     Partials partials;
+};
+
+struct ForwardSm90Params {
+    TensorMap key_map, value_map;  // boxes of a tile's rows and 64 columns; unused where keys are looked up in tables
+    SplitParams call;
+    float* merged;  // (blocks, warps, ...): workspace for finished chunks that do not fit into shared memory, or null
+    int pieces;     // blocks that share a group's chunks
 };
 
 struct CombineParams {

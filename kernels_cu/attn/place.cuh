@@ -19,16 +19,17 @@ __device__ __forceinline__ int find_sequence(const int* starts, int count, int t
 }
 
 // Blocks run (batch, head, tile), tile fastest, the longest causal rows first: the block scheduler fills the tail with
-// short ones. Heads are `heads`; a token has token_rows rows in tiles of tile_rows rows.
+// short ones. Heads are `heads`; a token has token_rows rows in tiles of tile_rows rows; `block` counts the tiles of all.
 template <int tile_rows, bool causal, bool ragged, bool paged>
 struct Place : Sequence<causal, ragged, paged> {
     using Base = Sequence<causal, ragged, paged>;
 
     int first_row, head;  // of the sequence
 
-    __device__ __forceinline__ Place(const ForwardParams& params, int heads, int token_rows, int lane)
-        : Place(params, params.query_tiles - 1 - static_cast<int>(blockIdx.x % params.query_tiles),
-                blockIdx.x / params.query_tiles, heads, token_rows, lane) {}
+    __device__ __forceinline__ Place(const ForwardParams& params, int heads, int token_rows, int lane,
+                                     u32 block = blockIdx.x)
+        : Place(params, params.query_tiles - 1 - static_cast<int>(block % params.query_tiles),
+                block / params.query_tiles, heads, token_rows, lane) {}
 
     // False for the tiles that a packed sequence does not need, and for those of wrong cumulative lengths.
     __device__ __forceinline__ bool has_rows(int token_rows) const {

@@ -45,7 +45,7 @@ __device__ __forceinline__ void store_output(const ForwardParams& params, const 
 
 // The result of chunk `chunk`, or of all the chunks before the group's end of range, where chunk 0 stands.
 template <int value_dim, int blocks>
-__device__ __forceinline__ void store_partial(const ColumnsParams& params, const Work& work, const WarpRows& warp,
+__device__ __forceinline__ void store_partial(const SplitParams& params, const Work& work, const WarpRows& warp,
                                               int chunk, const float (&out)[blocks][4], const RowStatistics& rows,
                                               int lane) {
     const Partials& partials = params.partials;
@@ -79,7 +79,7 @@ __device__ __forceinline__ void store_partial(const ColumnsParams& params, const
 
 // Tells the merging kernel about the group that starts in this block and ends in another: `chunks` of which the first
 // `folded` are one partial result. By one thread.
-__device__ __forceinline__ void store_group(const ColumnsParams& params, const Work& work, int slot, int tile_rows,
+__device__ __forceinline__ void store_group(const SplitParams& params, const Work& work, int slot, int tile_rows,
                                             int folded, int chunks) {
     SplitGroup* const group = params.partials.groups + slot;
     const KeySequence& sequence = work.sequence;

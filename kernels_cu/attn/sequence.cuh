@@ -18,7 +18,7 @@ struct Sequence {
     int places;                    // for keys, of which key_length exist
     int diagonal;                  // causal: row i sees the keys at the first diagonal + i + 1 places
     const int *pages, *seen;       // of this sequence, or null
-    int first_place;               // of its keys, if a table says only that they lie in one piece; else -1
+    int first_place;               // of its keys, if they lie in one piece; else -1
 
     __device__ __forceinline__ Sequence() {}
 
@@ -44,7 +44,7 @@ struct Sequence {
         if constexpr (paged) {
             pages = sequences.pages ? sequences.pages + i64(index) * sequences.pages_per_sequence : nullptr;
             seen = sequences.seen ? sequences.seen + i64(index) * (places + 2) : nullptr;
-            first_place = seen ? ptx::load_global_s32(seen + places + 1) : -1;
+            first_place = seen ? ptx::load_global_s32(seen + places + 1) : pages ? -1 : 0;
             if (seen) key_length = ptx::load_global_s32(seen + places);
         }
         if (ragged && sequences.key_lengths) {

@@ -7,15 +7,19 @@
 
 namespace cuattn {
 
-// element_bytes: 2 or 4.
-template <int columns, int element_bytes = 2>
+// element_bytes: 2 or 4. panel_rows: 0, or the number of rows of a tile that is cut into panels of 128 bytes a row, the
+// second behind the first: what wgmma multiplies.
+template <int columns, int element_bytes = 2, int panel_rows = 0>
 struct Tile {
     static constexpr int unit_elements = 16 / element_bytes;
     static constexpr int units = columns / unit_elements;  // 16-byte units in a row
     static constexpr int row_bytes = columns * element_bytes;
     static_assert(units % 8 == 0, "the XOR of three bits must stay inside a row");
 
-    __device__ static constexpr u32 offset(int row, int unit) { return row * row_bytes + ((unit ^ (row & 7)) << 4); }
+    __device__ static constexpr u32 offset(int row, int unit) {
+        if (panel_rows > 0) return (unit / 8 * panel_rows + row) * 128 + ((unit & 7 ^ row & 7) << 4);
+        return row * row_bytes + ((unit ^ (row & 7)) << 4);
+    }
 
     // Copies `rows` rows with `threads` threads of which this is number `thread`. Row r starts at row_start(place_of(r));
     // several places are asked for before the first copy, since that may take time. Rows from `valid` on are not read but

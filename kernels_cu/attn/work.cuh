@@ -30,7 +30,7 @@ __device__ __forceinline__ i64 warp_sum(i64 x) {
 template <int tile_rows>
 class Ranges {
   public:
-    __device__ __forceinline__ Ranges(const ColumnsParams& params, int lane) : params_(params) {
+    __device__ __forceinline__ Ranges(const SplitParams& params, int lane) : params_(params) {
         const int count = params.forward.sequences.count;
         i64 sum = 0;
         for (int s = lane; s < count; s += 32) sum += Shape(params, s).size();
@@ -85,7 +85,7 @@ class Ranges {
         KeySequence sequence;
         int heads, row_tiles, first_tile, key_tiles, end_chunk;
 
-        __device__ __forceinline__ Shape(const ColumnsParams& params, int index)
+        __device__ __forceinline__ Shape(const SplitParams& params, int index)
             : sequence(params.forward, index),
               heads(params.forward.query_heads / params.forward.group),
               first_tile(0),
@@ -114,7 +114,7 @@ class Ranges {
         return static_cast<int>(((place + 1) * gridDim.x - 1) / total_);
     }
 
-    const ColumnsParams& params_;
+    const SplitParams& params_;
     i64 total_, place_, end_;
     int sequence_ = 0;
     i64 base_ = 0;  // the place of the sequence's first key tile

@@ -111,6 +111,10 @@ __device__ __forceinline__ void store_global_f32x2(float* to, float2 x) {
     asm volatile("st.global.v2.f32 [%0], {%1,%2};" ::"l"(to), "f"(x.x), "f"(x.y) : "memory");
 }
 
+__device__ __forceinline__ void store_global_f32x4(float* to, float4 x) {
+    asm volatile("st.global.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w) : "memory");
+}
+
 __device__ __forceinline__ void store_global_s32(int* to, int x) {
     asm volatile("st.global.s32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
 }

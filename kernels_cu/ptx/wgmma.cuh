@@ -35,6 +35,17 @@ __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 
+// The same, but not before `x`, which is not negative, is known: ptxas would wait at once, and nothing would run beside the
+// products. A store that never happens holds it up; `address` may be any of shared memory.
+template <int pending>
+__device__ __forceinline__ void wgmma_wait_after(float x, u32 address) {
+    asm volatile(
+        "{\n.reg .pred never;\nsetp.lt.f32 never, %0, 0fBF800000;\n@never st.volatile.shared.f32 [%1], %0;\n}" ::"f"(x),
+        "r"(address)
+        : "memory");
+    wgmma_wait<pending>();
+}
+
 // Keeps the compiler from moving uses of results to before this point.
 template <int blocks>
 __device__ __forceinline__ void wgmma_hold(float (&d)[blocks][4]) {

@@ -9,6 +9,7 @@
 #include <emulator/formats.h>
 #include <emulator/special_functions.h>
 #include <emulator/tensor_core.h>
+#include <emulator/under_way.h>
 
 #define __global__
 #define __device__
@@ -37,15 +38,15 @@ inline thread_local uint3 threadIdx, blockIdx, blockDim, gridDim;
 using std::max;
 using std::min;
 
-inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fadd_rn(float a, float b) { return emulator::settled(a + b); }
 inline float __fsub_rn(float a, float b) {  // a kernel may take the bits
-    return emulator::float_of(emulator::device_bits_of(a - b));
+    return emulator::float_of(emulator::device_bits_of(emulator::settled(a - b)));
 }
-inline float __fmul_rn(float a, float b) { return a * b; }
-inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __fmul_rn(float a, float b) { return emulator::settled(a * b); }
+inline float __fmaf_rn(float a, float b, float c) { return emulator::settled(std::fma(a, b, c)); }
 inline float __frcp_rn(float a) { return 1.0f / a; }
 
-inline unsigned __float_as_uint(float x) { return emulator::bits_of(x); }
+inline unsigned __float_as_uint(float x) { return emulator::bits_of(emulator::settled(x)); }
 inline float __uint_as_float(unsigned bits) { return emulator::float_of(bits); }
 
 inline void __syncthreads() { emulator::block_barrier(); }

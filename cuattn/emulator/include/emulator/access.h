@@ -85,10 +85,10 @@ inline char* shared_bytes(const char* what, uint32_t address, int bytes) {
 template <Access access>
 void note(const char* what, uint32_t address, int bytes) {
     const Moment& now = current().now;
+    SharedMemory& shared = block->shared;
     for (uint32_t at = address; at < address + bytes; at += 4) {
-        Word& word = block->shared.word(at);
-        const std::string error = access == Access::read ? word.read(now) : word.write(now);
-        if (!error.empty()) fail_access(what, at, bytes, error);
+        const bool right = access == Access::read ? shared.read(at, now) : shared.write(at, now);
+        if (!right) fail_access(what, at, bytes, shared.why(at, now));
     }
 }
 

@@ -9,6 +9,7 @@
 
 #include <emulator/fiber.h>
 #include <emulator/memory.h>
+#include <emulator/rendezvous.h>
 
 namespace emulator {
 
@@ -25,22 +26,13 @@ constexpr int copy_bytes = 16;
 
 struct Thread {
     Context context;
-    Moment now;  // `thread` is the number inside the block
+    Moment now;
     bool finished = false;
-    const uint64_t* waiting_for = nullptr;  // generation counter of the rendezvous this thread waits in
+    const uint64_t* waiting_for = nullptr;  // counter of generations or phases that this thread waits for
     uint64_t generation = 0;
+    bool wgmma_fence = false;  // since the last wait for products
     std::vector<Copy> open_group;
     std::vector<std::vector<Copy>> groups;  // committed, oldest first
-};
-
-// A meeting of a warp's or a block's threads; the last to arrive does the work with everybody's argument.
-struct Rendezvous {
-    const char* what = nullptr;
-    size_t arrived = 0;
-    uint64_t generation = 0;
-    std::vector<const void*> arguments;  // by lane of the warp or thread of the block
-
-    explicit Rendezvous(int size) : arguments(size) {}
 };
 
 struct Block {
@@ -57,6 +49,10 @@ struct Block {
     std::vector<Thread> thread;
     std::vector<Rendezvous> warp;
     Rendezvous all{0};
+    std::vector<Warpgroup> warpgroup;
+    NamedBarrier named[16];
+    std::map<uint32_t, Mbarrier> mbarriers;  // by address
+    std::vector<BoxCopy> boxes;              // under way
     std::string error;
 
     uint32_t number() const { return first_number + index; }
@@ -77,6 +73,14 @@ inline void yield() { switch_context(current().context, block->scheduler); }
 // Ends the launch with a message; thread_entry catches it.
 [[noreturn]] inline void fail(const std::string& message) { throw std::runtime_error(message); }
 
+// Until a counter of generations or phases has moved on.
+inline void wait_for_end_of(const uint64_t& generation) {
+    Thread& me = current();
+    me.waiting_for = &generation, me.generation = generation;
+    yield();
+    me.waiting_for = nullptr;
+}
+
 template <class Work>
 void meet(Rendezvous& r, const char* what, int slot, const void* argument, Work&& work) {
     if (r.arrived > 0 && r.what != what) {
@@ -84,16 +88,13 @@ void meet(Rendezvous& r, const char* what, int slot, const void* argument, Work&
     }
     r.what = what;
     r.arguments[slot] = argument;
-    Thread& me = current();
     ++block->progress;
     if (++r.arrived == r.arguments.size()) {
         r.arrived = 0;
         work(r.arguments.data());
         ++r.generation;
     } else {
-        me.waiting_for = &r.generation, me.generation = r.generation;
-        yield();
-        me.waiting_for = nullptr;
+        wait_for_end_of(r.generation);
     }
 }
 
@@ -107,17 +108,20 @@ void warp_collective(const char* what, unsigned mask, const void* argument, Work
     meet(block->warp[warp_number()], what, lane_number(), argument, work);
 }
 
-inline void no_work(const void* const*) {}
+inline void synchronize_threads(int first, int count) {
+    std::vector<Moment*> threads;
+    for (int i = first; i < first + count; ++i) threads.push_back(&block->thread[i].now);
+    synchronize(threads);
+}
 
 inline void warp_barrier(unsigned mask) {
-    warp_collective("__syncwarp", mask, nullptr, no_work);
-    ++current().now.warp_barriers;
+    warp_collective("__syncwarp", mask, nullptr,
+                    [](const void* const*) { synchronize_threads(warp_number() * 32, 32); });
 }
 
 inline void block_barrier() {
-    meet(block->all, "__syncthreads", block->running, nullptr, no_work);
-    Moment& now = current().now;
-    ++now.block_barriers, ++now.warp_barriers;
+    meet(block->all, "__syncthreads", block->running, nullptr,
+         [](const void* const*) { synchronize_threads(0, block->threads); });
 }
 
 }  // namespace emulator

@@ -12,6 +12,9 @@
 #include <vector>
 
 #include <cuda_builtins.h>
+#include <emulator/named_barrier.h>
+#include <emulator/tma.h>
+#include <emulator/wgmma.h>
 
 namespace emulator {
 
@@ -32,6 +35,7 @@ inline void thread_entry() {
     try {
         block->body();
         finish_copies(0);
+        check_products_finished();
     } catch (const std::exception& error) {
         block->error = "block " + std::to_string(block->index) + ", thread " + std::to_string(block->running) + ": " +
                        error.what();
@@ -50,9 +54,25 @@ inline std::string deadlock() {
         }
     };
     for (size_t w = 0; w < block->warp.size(); ++w) group(block->warp[w], "warp " + std::to_string(w));
+    for (size_t w = 0; w < block->warpgroup.size(); ++w) {
+        group(block->warpgroup[w].meeting, "warpgroup " + std::to_string(w));
+    }
     group(block->all, "the block");
+    for (int i = 1; i < 16; ++i) text += waiting_at(i);
+    for (const auto& [address, barrier] : block->mbarriers) text += waiting_at(barrier);
     return text + std::to_string(block->threads - block->alive) + " of " + std::to_string(block->threads) +
            " threads returned";
+}
+
+// What is wrong with a block whose threads have all returned; empty where nothing is.
+inline std::string end_error() {
+    std::string error = register_error();
+    for (const auto& [address, barrier] : block->mbarriers) {
+        if (barrier.loaded_in > barrier.waited_for)
+            error = "nobody has waited for a copy that counts at " + describe(barrier);
+    }
+    if (!block->boxes.empty()) error = "copies are under way";
+    return error.empty() ? error : "block " + std::to_string(block->index) + " ends: " + error;
 }
 
 // Turns of the block's fibers until all have returned. Random schedules also hold back whole warps for a while.
@@ -76,6 +96,7 @@ inline void run_block() {
             switch_context(block->scheduler, thread.context);
             if (!block->error.empty()) return;
         }
+        if (!block->boxes.empty() && (block->progress == before || draws_early_end())) land_one();
         const bool anyone_held = std::count(held.begin(), held.end(), 1) > 0;
         std::fill(held.begin(), held.end(), 0);
         if (block->progress == before && !anyone_held) {
@@ -99,13 +120,10 @@ class DefaultFloatingPoint {
 
 inline void run_grid(const Launch& launch, const std::function<void()>& body, std::string& error) {
     const DefaultFloatingPoint floating_point;
-    Block state{{launch.regions, launch.region_count},
-                SharedMemory(launch.shared_bytes),
-                body,
-                static_cast<Schedule>(launch.schedule),
-                launch.seed * 2654435761u + 88172645463325252u,
-                launch.threads,
-                static_cast<uint32_t>(launch.first_block)};
+    Block state{
+        {launch.regions, launch.region_count},    SharedMemory(launch.shared_bytes, launch.threads), body,
+        static_cast<Schedule>(launch.schedule),   launch.seed * 2654435761u + 88172645463325252u,    launch.threads,
+        static_cast<uint32_t>(launch.first_block)};
     block = &state;
     tensor_core = {launch.tensor_core_terms, launch.tensor_core_fraction_bits};
     exp2_table = launch.exp2_table;
@@ -119,13 +137,18 @@ inline void run_grid(const Launch& launch, const std::function<void()>& body, st
         state.alive = state.threads;
         state.warp.assign((state.threads + 31) / 32, Rendezvous(32));
         state.all = Rendezvous(state.threads);
+        state.warpgroup = std::vector<Warpgroup>(state.threads / 128);
+        std::fill(std::begin(state.named), std::end(state.named), NamedBarrier{});
+        state.mbarriers.clear();
+        state.boxes.clear();
         state.shared.reset();
         state.thread.assign(state.threads, Thread{});
         for (int i = 0; i < state.threads; ++i) {
-            state.thread[i].now.thread = i;
+            state.thread[i].now.actor = i;
             make_context(state.thread[i].context, stacks.get() + stack_bytes * i, thread_entry);
         }
         run_block();
+        if (state.error.empty()) state.error = end_error();
     }
     error = state.error;
 }

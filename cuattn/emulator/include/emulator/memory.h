@@ -1,13 +1,17 @@
 // Memory as the emulator sees it: regions of global memory, and shared memory with a record of who touched each word.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
 #include <string>
+#include <unordered_map>
 #include <vector>
+
+#include <emulator/clock.h>
 
 namespace emulator {
 
@@ -43,70 +47,37 @@ struct GlobalMemory {
     }
 };
 
-// A thread of the block at one point of its run: __syncthreads passed, and __syncthreads and __syncwarp passed.
-struct Moment {
-    int thread = -1, block_barriers = 0, warp_barriers = 0;
-
-    int warp() const { return thread / 32; }
-    // Whether a barrier that both threads have passed lies between this moment and the later one.
-    bool is_before(const Moment& later) const {
-        return thread == later.thread || block_barriers < later.block_barriers ||
-               (warp() == later.warp() && warp_barriers < later.warp_barriers);
-    }
+// One 4-byte word of shared memory: what is under way there, who wrote it last, and which warps (or tensor cores) have
+// read it since then.
+struct Word {
+    uint16_t copies_under_way = 0, products_under_way = 0;
+    bool is_barrier = false;
+    int writer = -1;  // actors as in clock.h
+    uint32_t epoch = 0;
+    uint64_t readers = 0;
 };
 
-// One 4-byte word of shared memory: its last writer, and its readers since the last barrier of the block. Of these the
-// lanes matter where they are of one warp, and then since the last barrier of the warp.
-class Word {
-  public:
-    int copies_under_way = 0;
-
-    // Each notes an access; the result says what is wrong with it and is empty for a good one.
-    std::string write(const Moment& now) {
-        if (copies_under_way > 0) return "a copy to there has not been waited for";
-        if (writer_.thread >= 0 && !writer_.is_before(now)) return race("write", writer_.thread);
-        if (last_reader_.thread >= 0 && last_reader_.block_barriers == now.block_barriers) {
-            const bool same_warp = last_reader_.warp() == now.warp() && !several_warps_;
-            const bool same_interval = last_reader_.warp_barriers == now.warp_barriers;
-            if (!same_warp || (same_interval && (last_reader_.thread != now.thread || several_lanes_))) {
-                return race("read", last_reader_.thread);
-            }
-        }
-        writer_ = now;
-        return {};
-    }
-
-    std::string read(const Moment& now) {
-        if (copies_under_way > 0) return "a copy to there has not been waited for";
-        if (writer_.thread < 0) return "never written";
-        if (!writer_.is_before(now)) return race("write", writer_.thread);
-        const bool other = last_reader_.thread >= 0 && last_reader_.block_barriers == now.block_barriers;
-        const bool other_lane = other && last_reader_.warp_barriers == now.warp_barriers;
-        several_warps_ = other && (several_warps_ || last_reader_.warp() != now.warp());
-        several_lanes_ = other_lane && (several_lanes_ || last_reader_.thread != now.thread);
-        last_reader_ = now;
-        return {};
-    }
-
-  private:
-    static std::string race(const char* with, int thread) {
-        return std::string("race with a ") + with + " by thread " + std::to_string(thread);
-    }
-
-    Moment writer_, last_reader_;
-    bool several_warps_ = false, several_lanes_ = false;
+// The lanes of one warp that have read a word since its last write, but for those that later ones knew of, and the epoch
+// they did it in; 0 where they differ.
+struct Readers {
+    uint32_t lanes, epoch;
 };
 
 class SharedMemory {
   public:
-    explicit SharedMemory(uint32_t size)
-        : size_(size), bytes_(static_cast<char*>(std::aligned_alloc(1024, (size / 1024 + 1) * 1024))) {
+    SharedMemory(uint32_t size, int threads)
+        : size_(size),
+          warps_((threads + 31) / 32),
+          warpgroups_(threads / 128),
+          bytes_(static_cast<char*>(std::aligned_alloc(1024, (size / 1024 + 1) * 1024))),
+          readers_(new Readers[(size + 3) / 4 * size_t(warps_ + warpgroups_)]) {
         if (!bytes_) throw std::bad_alloc();
     }
 
     void reset() {
         std::memset(bytes_.get(), 0xff, size_);  // NaN in every format
         words_.assign((size_ + 3) / 4, Word{});
+        uneven_.clear();
     }
 
     bool holds(uint32_t address, uint32_t bytes) const { return bytes <= size_ && address <= size_ - bytes; }
@@ -114,14 +85,84 @@ class SharedMemory {
     char* bytes() const { return bytes_.get(); }
     Word& word(uint32_t address) { return words_[address / 4]; }
 
+    int tensor_core(int warpgroup) const { return 32 * (warps_ + warpgroup); }
+    int mbarrier(int number) const { return 32 * (warps_ + warpgroups_) + number; }
+
+    // Each notes an access, or returns false where it is wrong; why() says what is.
+    bool read(uint32_t address, const Moment& now) {
+        const Word& w = word(address);
+        if (w.copies_under_way > 0 || w.is_barrier || w.writer < 0 || !now.knows(w.writer, w.epoch)) return false;
+        note_reader(address, now);
+        return true;
+    }
+    bool write(uint32_t address, const Moment& now) {
+        Word& w = word(address);
+        if (w.copies_under_way > 0 || w.products_under_way > 0 || w.is_barrier) return false;
+        if ((w.writer >= 0 && !now.knows(w.writer, w.epoch)) || unknown_reader(address, now) >= 0) return false;
+        w.writer = now.actor, w.epoch = now.epoch, w.readers = 0;
+        return true;
+    }
+    void note_reader(uint32_t address, const Moment& now) {
+        const int source = now.actor / 32, lane = now.actor % 32;
+        Word& w = word(address);
+        Readers& r = readers(address, source);
+        if (!(w.readers >> source & 1) || unknown_lane(r, source, now) < 0) {
+            r = {1u << lane, now.epoch};
+        } else if (r.epoch == now.epoch) {
+            r.lanes |= 1u << lane;
+        } else {
+            auto& epochs = uneven_[&r];
+            if (r.epoch != 0) epochs.fill(r.epoch);
+            epochs[lane] = now.epoch;
+            r = {r.lanes | 1u << lane, 0};
+        }
+        w.readers |= uint64_t{1} << source;
+    }
+
+    std::string why(uint32_t address, const Moment& now) {
+        const Word& w = word(address);
+        if (w.is_barrier) return "is an mbarrier";
+        if (w.copies_under_way > 0) return "a copy to there has not been waited for";
+        if (w.products_under_way > 0) return "wgmma still reads there";
+        if (w.writer < 0) return "never written";
+        if (w.writer >= mbarrier(0)) return "a copy to there has not been waited for";
+        if (!now.knows(w.writer, w.epoch)) return "race with a write by " + name(w.writer);
+        return "race with a read by " + name(unknown_reader(address, now));
+    }
+
   private:
     struct Free {
         void operator()(char* pointer) const { std::free(pointer); }
     };
 
+    Readers& readers(uint32_t address, int source) {
+        return readers_[address / 4 * size_t(warps_ + warpgroups_) + source];
+    }
+    int unknown_lane(const Readers& r, int source, const Moment& now) const {
+        for (uint32_t left = r.lanes; left != 0; left &= left - 1) {
+            const int lane = __builtin_ctz(left), actor = 32 * source + lane;
+            if (!now.knows(actor, r.epoch != 0 ? r.epoch : uneven_.at(&r)[lane])) return actor;
+        }
+        return -1;
+    }
+    int unknown_reader(uint32_t address, const Moment& now) {
+        for (uint64_t left = word(address).readers; left != 0; left &= left - 1) {
+            const int source = __builtin_ctzll(left), actor = unknown_lane(readers(address, source), source, now);
+            if (actor >= 0) return actor;
+        }
+        return -1;
+    }
+    std::string name(int actor) const {
+        const int warpgroup = actor / 32 - warps_;
+        return warpgroup < 0 ? "thread " + std::to_string(actor) : "wgmma of warpgroup " + std::to_string(warpgroup);
+    }
+
     uint32_t size_;
+    int warps_, warpgroups_;
     std::unique_ptr<char, Free> bytes_;
     std::vector<Word> words_;
+    std::unique_ptr<Readers[]> readers_;
+    std::unordered_map<const Readers*, std::array<uint32_t, 32>> uneven_;  // epochs by lane
 };
 
 }  // namespace emulator

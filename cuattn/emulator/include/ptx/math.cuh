@@ -6,12 +6,12 @@
 
 namespace cuattn::ptx {
 
-inline float exp2_approx(float x) { return emulator::exp2_approx(x); }
+inline float exp2_approx(float x) { return emulator::exp2_approx(emulator::settled(x)); }
 
 template <bool bfloat16>
 u32 pack_16bit(float low, float high) {
     const auto convert = bfloat16 ? emulator::to_bf16 : emulator::to_fp16;
-    return convert(low) | static_cast<u32>(convert(high)) << 16;
+    return convert(emulator::settled(low)) | static_cast<u32>(convert(emulator::settled(high))) << 16;
 }
 
 template <bool bfloat16>

@@ -1,10 +1,23 @@
 // Host twin of kernels_cu/ptx/memory.cuh. Shared addresses are offsets into the block's shared memory.
 #pragma once
 
+#include <initializer_list>
+
 #include <cuda_builtins.h>
 #include <common/types.cuh>
 
 namespace cuattn::ptx {
+
+namespace host {
+
+inline void store_floats(float* to, std::initializer_list<float> numbers) {
+    u32 bits[4];
+    int count = 0;
+    for (const float x : numbers) bits[count++] = emulator::device_bits_of(emulator::settled(x));
+    emulator::store_global(to, bits, 4 * count);
+}
+
+}  // namespace host
 
 inline void* dynamic_shared() { return emulator::block->shared.bytes(); }
 
@@ -19,7 +32,10 @@ inline float4 load_shared_f32x4(u32 from) {
     emulator::load_shared(&x, from, 16);
     return x;
 }
-inline void store_shared_f32x4(u32 to, float4 x) { emulator::store_shared(to, &x, 16); }
+inline void store_shared_f32x4(u32 to, float4 x) {
+    for (const float each : {x.x, x.y, x.z, x.w}) emulator::settled(each);
+    emulator::store_shared(to, &x, 16);
+}
 
 inline uint4 load_shared_u32x4(u32 from) {
     uint4 x;
@@ -31,7 +47,10 @@ inline float2 load_shared_f32x2(u32 from) {
     emulator::load_shared(&x, from, 8);
     return x;
 }
-inline void store_shared_f32x2(u32 to, float2 x) { emulator::store_shared(to, &x, 8); }
+inline void store_shared_f32x2(u32 to, float2 x) {
+    for (const float each : {x.x, x.y}) emulator::settled(each);
+    emulator::store_shared(to, &x, 8);
+}
 
 inline u32 load_shared_u32(u32 from) {
     u32 x;
@@ -74,13 +93,8 @@ inline void store_global_u32(void* to, u32 x) { emulator::store_global(to, &x, 4
 inline void store_global_s32(int* to, int x) { emulator::store_global(to, &x, 4); }
 inline void store_global_u32x4(void* to, uint4 x) { emulator::store_global(to, &x, 16); }
 
-inline void store_global_f32(float* to, float x) {
-    const u32 bits = emulator::device_bits_of(x);
-    emulator::store_global(to, &bits, 4);
-}
-inline void store_global_f32x2(float* to, float2 x) {
-    const u32 bits[2] = {emulator::device_bits_of(x.x), emulator::device_bits_of(x.y)};
-    emulator::store_global(to, bits, 8);
-}
+inline void store_global_f32(float* to, float x) { host::store_floats(to, {x}); }
+inline void store_global_f32x2(float* to, float2 x) { host::store_floats(to, {x.x, x.y}); }
+inline void store_global_f32x4(float* to, float4 x) { host::store_floats(to, {x.x, x.y, x.z, x.w}); }
 
 }  // namespace cuattn::ptx

@@ -1,0 +1,138 @@
+"""The kernel for many rows in 16 bits on Hopper GPUs."""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cuattn import contract
+from cuattn.config.base import ARCHITECTURES, Constants, KernelConfig, tile_columns
+
+ARCH = "sm_90a"
+DTYPES = ("float16", "bfloat16")
+#: Columns that one wgmma instruction of kernels_cu/ptx/wgmma.cuh gives.
+VALUE_COLUMNS = (64, 96, 128, 192, 256)
+#: A register file in units of one register of each of a warpgroup's 128 threads.
+REGISTERS = 512
+#: More slots than this do not hide more latency.
+MOST_SLOTS = 8
+
+
+@dataclass(frozen=True)
+class ForwardSm90Config(KernelConfig):
+    """Attention of many rows through wgmma: each consumer warpgroup has 64 packed rows of a key head.
+
+    Where keys lie a fixed distance apart the copy engine fetches them, else (paged) threads do. With ``split`` several
+    blocks share the chunks of the same rows; then it is ragged as well.
+    """
+
+    kernel = "forward_sm90"
+    params = "ForwardSm90Params"
+
+    head_dim: int
+    value_dim: int
+    mask: str
+    dtype: str
+    arch: str
+    ragged: bool = False
+    paged: bool = False
+    split: bool = False
+
+    @functools.cached_property
+    def name(self) -> str:
+        dims = f"d{self.head_dim}" + (f"_{self.value_dim}" if self.value_dim != self.head_dim else "")
+        kind = "_split" * self.split + ("_paged" if self.paged else "_ragged" if self.ragged else "")
+        return f"{self.kernel}_{dims}_{self.mask}{kind}_{self.dtype}_{self.arch}"
+
+    @property
+    def constants(self) -> Constants:
+        return {
+            "head_dim": self.head_dim,
+            "tile_dim": tile_columns(self.head_dim),
+            "value_dim": self.value_dim,
+            "value_tile_dim": tile_columns(self.value_dim),
+            "value_columns": self.value_columns,
+            "causal": self.mask == "causal",
+            "bfloat16": self.dtype == "bfloat16",
+            "ragged": self.ragged,
+            "paged": self.paged,
+            "split": self.split,
+            "key_tile": self.key_tile,
+            "consumers": self.consumers,
+            "ring_slots": self.ring_slots,
+            "merged_in_shared": self.merged_in_shared,
+            "producer_registers": self.producer_registers,
+            "consumer_registers": self.consumer_registers,
+        }
+
+    @property
+    def key_tile(self) -> int:
+        return contract.key_tile(max(self.head_dim, self.value_dim))
+
+    @property
+    def value_columns(self) -> int:
+        """Columns of the product with values: the fewest that an instruction has."""
+        return next(columns for columns in VALUE_COLUMNS if columns >= self.value_dim)
+
+    @property
+    def threads(self) -> int:
+        return 128 * (1 + self.consumers)
+
+    @property
+    def row_tile(self) -> int:
+        """Packed rows of a block."""
+        return 64 * self.consumers
+
+    @property
+    def consumers(self) -> int:
+        return self._shape[0]
+
+    @property
+    def merged_in_shared(self) -> bool:
+        """Whether shared memory holds the outputs of finished chunks; else a workspace does."""
+        return self._shape[1]
+
+    @property
+    def ring_slots(self) -> int:
+        return self._shape[2]
+
+    @property
+    def producer_registers(self) -> int:
+        return 32 if self.paged else 24
+
+    @property
+    def consumer_registers(self) -> int:
+        """What the producer leaves, a multiple of 8."""
+        return (REGISTERS - self.producer_registers) // self.consumers // 8 * 8
+
+    @property
+    def merged_floats(self) -> int:
+        """Of a block's workspace for finished chunks."""
+        return 0 if self.merged_in_shared else self.row_tile * self.value_columns
+
+    @functools.cached_property
+    def shared_bytes(self) -> int:
+        consumers, merged, slots = self._shape
+        return self._bytes(consumers, merged, slots)
+
+    def _bytes(self, consumers: int, merged_in_shared: bool, slots: int) -> int:
+        """Queries, the ring, finished chunks and barriers."""
+        columns = max(tile_columns(self.head_dim), tile_columns(self.value_dim))
+        rows = (64 * consumers + slots * self.key_tile) * columns * 2
+        merged = 64 * consumers * (self.value_columns * merged_in_shared + 2) * 4
+        return -(-(rows + merged + (2 * slots + 1) * 8) // 1024) * 1024
+
+    @functools.cached_property
+    def _shape(self) -> tuple[int, bool, int]:
+        """(consumer warpgroups, whether finished chunks are in shared memory, slots): the first that fits."""
+        for consumers, merged in self._candidates():
+            for slots in range(MOST_SLOTS, 2, -1):
+                if self._bytes(consumers, merged, slots) <= ARCHITECTURES[self.arch]:
+                    return consumers, merged, slots
+        raise AssertionError(f"{self}: no shape fits into memory")  # every head dim fits: tested
+
+    def _candidates(self) -> Iterator[tuple[int, bool]]:
+        """Best first."""
+        if max(self.head_dim, self.value_dim) <= 64:
+            yield 3, True
+        yield 2, True
+        yield 2, False

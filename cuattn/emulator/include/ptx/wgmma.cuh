@@ -1,0 +1,46 @@
+// Host twin of kernels_cu/ptx/wgmma.cuh.
+#pragma once
+
+#include <emulator/wgmma.h>
+#include <common/types.cuh>
+
+namespace cuattn::ptx {
+
+inline u64 wgmma_rows(u32 address) {
+    return (u64(1) << 62) | (u64(1024 / 16) << 32) | (u64(1) << 16) | ((address & 0x3ffff) >> 4);
+}
+inline u64 wgmma_columns(u32 address, int panel_bytes) {
+    return (u64(1) << 62) | (u64(1024 / 16) << 32) | (u64(panel_bytes / 16) << 16) | ((address & 0x3ffff) >> 4);
+}
+inline u64 wgmma_advance(u64 tile, int bytes) { return tile + bytes / 16; }
+
+inline void wgmma_fence() { emulator::current().wgmma_fence = true; }
+inline void wgmma_commit() { emulator::commit_products(); }
+
+template <int pending>
+void wgmma_wait() {
+    emulator::wait_for_products(pending);
+}
+
+template <int pending>
+void wgmma_wait_after(float, u32) {
+    wgmma_wait<pending>();
+}
+
+template <int blocks>
+void wgmma_hold(float (&)[blocks][4]) {}
+
+template <bool bfloat16, int blocks>
+void wgmma_shared(float (&d)[blocks][4], u64 left, u64 right, bool accumulate) {
+    static_assert(blocks == 8 || blocks == 16, "shapes that kernels use");
+    emulator::issue_product<bfloat16, blocks>("wgmma_shared", {&d[0][0], nullptr, left, right, accumulate});
+}
+
+template <bool bfloat16, int blocks>
+void wgmma_registers(float (&d)[blocks][4], const u32 (&left)[4], u64 right, bool accumulate) {
+    static_assert(blocks == 8 || blocks == 12 || blocks == 16 || blocks == 24 || blocks == 32,
+                  "shapes that kernels use");
+    emulator::issue_product<bfloat16, blocks>("wgmma_registers", {&d[0][0], left, 0, right, accumulate});
+}
+
+}  // namespace cuattn::ptx

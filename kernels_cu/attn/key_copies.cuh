@@ -1,0 +1,179 @@
+// Copies of key and value tiles into the ring, in panels for wgmma: boxes by the copy engine where keys lie a fixed distance
+// apart, else row by row.
+#pragma once
+
+#include <attn/params.cuh>
+#include <attn/ring.cuh>
+#include <attn/tile.cuh>
+#include <common/types.cuh>
+#include <ptx/cp_async.cuh>
+#include <ptx/mbarrier.cuh>
+#include <ptx/memory.cuh>
+#include <ptx/tma.cuh>
+
+namespace cuattn {
+
+// Where the ring is: shared addresses of its first slot and barriers.
+struct RingAddress {
+    u32 slots, filled, free;
+    u32 landed;  // a barrier for the copy of a tile that needs more than a copy
+};
+
+// By one warp, of which one lane speaks to the copy engine.
+template <class KeyTile, class ValueTile, int tile_rows, int slot_bytes, int slots, bool ragged, class KeySequence>
+class BoxCopies {
+  public:
+    static constexpr int threads = 32, arrivals = 1;
+
+    __device__ __forceinline__ BoxCopies(const ForwardSm90Params& params, const KeySequence& sequence, int key_head,
+                                         const RingAddress& ring, int)
+        : params_(params), sequence_(sequence), key_head_(key_head), ring_(ring), lane_(threadIdx.x & 31) {
+        if (lane_ == 0) {
+            ptx::tma_prefetch(params.key_map);
+            ptx::tma_prefetch(params.value_map);
+        }
+    }
+
+    __device__ __forceinline__ void operator()(const RingPlace<slots>& place, bool values, int tile) const {
+        const u32 to = ring_.slots + place.slot * slot_bytes, filled = ring_.filled + place.slot * ptx::mbarrier_bytes;
+        const int valid = sequence_.key_length - tile * tile_rows;
+        if (ragged && values && valid < tile_rows) {
+            // What lies behind the sequence's last value may be anything, and a weight of +0 does not make it nothing.
+            copy(ring_.landed, to, true, tile);
+            ptx::mbarrier_wait(ring_.landed, 0);
+            clear_rows(to, valid);
+            ptx::fence_async_proxy();
+            __syncwarp();
+            if (lane_ == 0) ptx::mbarrier_arrive(filled);
+        } else {
+            copy(filled, to, values, tile);
+        }
+    }
+
+    __device__ __forceinline__ void finish() const {}
+
+  private:
+    __device__ __forceinline__ void copy(u32 barrier, u32 to, bool values, int tile) const {
+        if (lane_ != 0) return;
+        if (values) {
+            copy_panels<ValueTile>(barrier, to, params_.value_map, tile);
+        } else {
+            copy_panels<KeyTile>(barrier, to, params_.key_map, tile);
+        }
+    }
+
+    template <class Tile>
+    __device__ __forceinline__ void copy_panels(u32 barrier, u32 to, const TensorMap& map, int tile) const {
+        ptx::mbarrier_arrive_expect(barrier, tile_rows * Tile::row_bytes);
+        const int row = sequence_.key_start + tile * tile_rows;
+#pragma unroll
+        for (int unit = 0; unit < Tile::units; unit += 8) {
+            ptx::tma_load_4d(to + Tile::offset(0, unit), map, unit * 8, row, key_head_, sequence_.key_batch, barrier);
+        }
+    }
+
+    // Zeros from row `first` on.
+    __device__ __forceinline__ void clear_rows(u32 to, int first) const {
+#pragma unroll 1
+        for (int i = first * ValueTile::units + lane_; i < tile_rows * ValueTile::units; i += 32) {
+            ptx::store_shared_f32x4(to + ValueTile::offset(i / ValueTile::units, i % ValueTile::units),
+                                    make_float4(0.0f, 0.0f, 0.0f, 0.0f));
+        }
+    }
+
+    const ForwardSm90Params& params_;
+    const KeySequence& sequence_;
+    const int key_head_;
+    const RingAddress ring_;
+    const int lane_;
+};
+
+// By four warps, each of which copies a quarter of a tile's rows: a lane knows the place of one of them.
+template <class KeyTile, class ValueTile, int head_dim, int value_dim, int tile_rows, int slot_bytes, int slots,
+          class KeySequence>
+class RowCopies {
+  public:
+    static constexpr int threads = 128, arrivals = threads;
+
+    // The first tile is number first_tile.
+    __device__ __forceinline__ RowCopies(const ForwardSm90Params& params, const KeySequence& sequence, int key_head,
+                                         const RingAddress& ring, int first_tile)
+        : params_(params.call.forward),
+          sequence_(sequence),
+          ring_(ring),
+          lane_(threadIdx.x & 31),
+          first_row_(threadIdx.x / 32 * warp_rows),
+          key_head_(key_head),
+          next_page_(page_of_tile(first_tile)) {}
+
+    // Keys of tile j come before values of tile j - 1.
+    __device__ __forceinline__ void operator()(const RingPlace<slots>& place, bool values, int tile) {
+        const u32 to = ring_.slots + place.slot * slot_bytes;
+        if (values) {
+            copy_rows<ValueTile, value_dim>(to, params_.value, params_.value_strides, tile, value_page_);
+            value_page_ = key_page_;
+        } else {
+            value_page_ = started_ == 0 ? next_page_ : key_page_;
+            key_page_ = next_page_;
+            next_page_ = page_of_tile(tile + 1);
+            copy_rows<KeyTile, head_dim>(to, params_.key, params_.key_strides, tile, key_page_);
+        }
+        ptx::cp_async_commit();
+        if (++started_ > lag) announce<lag>();
+    }
+
+    __device__ __forceinline__ void finish() {
+        if (started_ == 0) return;
+        if (lag > 1) announce<1>();
+        if (lag > 0) announce<0>();
+    }
+
+  private:
+    // Steps under way while the next one's copies start; a slot becomes free only after the step behind its own is filled.
+    static constexpr int lag = slots > 3 ? 2 : slots - 2;
+    static constexpr int warp_rows = tile_rows / 4;
+    static constexpr int unit = 8;  // elements
+
+    __device__ __forceinline__ int key_of(int tile) const { return tile * tile_rows + first_row_ + lane_; }
+
+    // The page of this lane's key, to be asked for some time before its place is needed; anything where there is no such key.
+    __device__ __forceinline__ int page_of_tile(int tile) const {
+        const int key = key_of(tile);
+        return lane_ < warp_rows && key < params_.key_length ? sequence_.page_at(params_.sequences, key) : 0;
+    }
+
+    template <class Tile, int columns>
+    __device__ __forceinline__ void copy_rows(u32 to, const void* data, const Strides& strides, int tile,
+                                              int page) const {
+        const int place = static_cast<int>(sequence_.offset_in(params_.sequences, strides, key_of(tile), page) / unit);
+        const int valid = sequence_.key_length - tile * tile_rows;
+        const u16* const head = sequence_.start_of(static_cast<const u16*>(data), strides, sequence_.key_batch,
+                                                   key_head_, sequence_.key_start);
+#pragma unroll 2
+        for (int i = 0; i < warp_rows * Tile::units; i += 32) {
+            const int row = (i + lane_) / Tile::units, column = (i + lane_) % Tile::units;
+            const i64 row_place = __shfl_sync(0xffffffffu, place, row);
+            ptx::cp_async_16(to + Tile::offset(first_row_ + row, column), head + (row_place + column) * unit,
+                             first_row_ + row < valid && column < columns / unit);
+        }
+    }
+
+    // Of the steps that have not been announced, the oldest is filled when at most `pending` newer ones are not.
+    template <int pending>
+    __device__ __forceinline__ void announce() {
+        ptx::cp_async_wait<pending>();
+        ptx::fence_async_proxy();
+        ptx::mbarrier_arrive(ring_.filled + announced_.slot * ptx::mbarrier_bytes);
+        announced_ = announced_.next();
+    }
+
+    const ForwardParams& params_;
+    const KeySequence& sequence_;
+    const RingAddress ring_;
+    const int lane_, first_row_, key_head_;
+    int next_page_, key_page_ = 0, value_page_ = 0;
+    int started_ = 0;
+    RingPlace<slots> announced_;
+};
+
+}  // namespace cuattn

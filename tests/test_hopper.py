@@ -1,0 +1,288 @@
+"""The kernel for Hopper, emulated: it has the bits of the portable kernels, in any order of its threads and copies, and
+the emulator finds what is wrong in a changed one.
+
+On sm_90 the portable kernels run, with the tensor cores of sm_90a.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from backends import SM_90A, attention_on
+from planted_problems import ManyRows
+from problems import normal
+from surface import ASKED, Surface, arranged, covering
+from test_emulator import change, sources  # noqa: F401, the fixture
+
+import cuattn
+from cuattn import dispatch, emulator, testing
+from cuattn.config import ForwardSm90Config
+from cuattn.errors import EmulatorError
+from cuattn.launches import Launch
+from cuattn.testing import BitwiseMismatch, TorchLibrary, assert_bitwise_equal
+
+TORCH = TorchLibrary()
+SM_90 = ("emulator", "sm_90")
+#: Keys of the sequences: all of them have more rows than the kernel for few rows takes.
+KEYS = {129: (700, 0, 130), 257: (520, 3, 258)}
+KERNELS = (
+    ("bfloat16", (64, 64), "causal"),
+    ("float16", (128, 128), "full"),
+    ("bfloat16", (96, 96), "causal"),
+    ("float16", (192, 128), "causal"),
+    ("bfloat16", (256, 256), "full"),
+    ("float16", (40, 72), "causal"),
+)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """The launches of the calls of a test."""
+    seen: list[Launch] = []
+    run = dispatch.emulator.run
+
+    def noting(launches: list[Launch]) -> None:
+        seen.extend(launches)
+        run(launches)
+
+    monkeypatch.setattr(dispatch.emulator, "run", noting)
+    return seen
+
+
+def configs_of(launches: list[Launch]) -> list[ForwardSm90Config]:
+    return [one.config for one in launches if isinstance(one.config, ForwardSm90Config)]
+
+
+def bits_on(backend: tuple[str, str | None], case: Surface) -> list[Any]:
+    with cuattn.use_backend(*backend):
+        return case.run(TORCH)[0]
+
+
+def sample() -> Iterator[Surface]:
+    asked = {**ASKED, "rows": tuple(KEYS), "num_splits": (None, 3), "kernel": KERNELS, "heads": ((2, 1), (3, 3))}
+    for levels in covering(asked):
+        dtype, dims, mask = levels.pop("kernel")
+        yield arranged(**levels, lengths=KEYS, dtype=dtype, dims=dims, mask=mask)
+
+
+@pytest.mark.parametrize("case", list(sample()), ids=str)
+def test_the_bits_of_the_portable_kernels(case: Surface, launched: list[Launch]) -> None:
+    expected = bits_on(SM_90, case)
+    assert configs_of(launched) == []
+    case.assert_same(bits_on(SM_90A, case), expected)
+    assert configs_of(launched), "the kernel for Hopper ran"
+
+
+def arrays(
+    *shape: int, heads: tuple[int, int] = (2, 1), dims: tuple[int, int] = (64, 64), dtype: str = "bfloat16"
+) -> list[torch.Tensor]:
+    """q, k, v of (batch, rows, keys)."""
+    batch, rows, keys = shape
+    shapes = ((batch, heads[0], rows, dims[0]), *((batch, heads[1], keys, dim) for dim in dims))
+    return [TORCH.array(normal(one, dtype, 7 * i + keys), dtype) for i, one in enumerate(shapes)]
+
+
+def both_families(*tensors: torch.Tensor, **options: Any) -> tuple[Any, Any]:
+    results = []
+    for backend in (SM_90, SM_90A):
+        with cuattn.use_backend(*backend):
+            results.append(cuattn.attention(*tensors, return_lse=True, **options))
+    return results[0], results[1]
+
+
+def assert_same(first: Any, second: Any) -> None:
+    for a, b in zip(first, second, strict=True):
+        assert_bitwise_equal(a, b)
+
+
+@pytest.mark.parametrize("head_dim", range(8, 257, 8))
+def test_every_head_dim(head_dim: int) -> None:
+    dtype, mask = ("bfloat16", "causal") if head_dim % 16 else ("float16", "full")
+    assert_same(*both_families(*arrays(1, 70, 150, dims=(head_dim, head_dim), dtype=dtype), mask=mask))
+
+
+@pytest.mark.parametrize("rows", [65, 300])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (256, 256)])
+def test_chunks(dims: tuple[int, int], rows: int, launched: list[Launch]) -> None:
+    """Several chunks of a row: merged in shared memory or in a workspace, and by several blocks or one."""
+    assert_same(*both_families(*arrays(1, rows, 2700, heads=(1, 1), dims=dims), mask="causal"))
+    (config,) = configs_of(launched)
+    assert config.split == (rows == 65)
+    assert config.merged_in_shared == (dims != (256, 256))
+
+
+def test_peaked_scores_and_other_scales() -> None:
+    q, k, v = arrays(1, 90, 700)
+    for scale in (8.0, -1.5, 0.0):
+        assert_same(*both_families(q, k, v, scale=scale))
+
+
+class TestStrides:
+    """Whatever the strides are: no copy is made, and the bits are the same."""
+
+    def strided(self, launched: list[Launch], k: torch.Tensor, v: torch.Tensor) -> ForwardSm90Config:
+        q = arrays(2, 70, 300)[0]
+        assert_same(*both_families(q, k.contiguous(), v.contiguous()))
+        del launched[:]
+        assert_same(*both_families(q, k, v))
+        (config,) = configs_of(launched)
+        inputs = next(one for one in launched if one.config is config).inputs
+        assert {inputs[name].pointer for name in "kv"} == {k.data_ptr(), v.data_ptr()}
+        return config
+
+    def test_tokens_before_heads(self, launched: list[Launch]) -> None:
+        _, k, v = arrays(2, 70, 300)
+        k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
+        assert not self.strided(launched, k, v).paged
+
+    def test_every_other_token(self, launched: list[Launch]) -> None:
+        _, k, v = arrays(2, 70, 600)
+        assert not self.strided(launched, k[:, :, ::2], v[:, :, ::2]).paged
+
+    def test_one_sequence_for_all(self, launched: list[Launch]) -> None:
+        """A distance of zero, which no map can have."""
+        _, k, v = arrays(1, 70, 300)
+        assert self.strided(launched, k.expand(2, -1, -1, -1), v.expand(2, -1, -1, -1)).paged
+
+
+@pytest.mark.parametrize(("head_dim", "mask"), [(64, "causal"), (128, "full")])
+def test_every_order_of_threads_and_copies(head_dim: int, mask: str) -> None:
+    problem = ManyRows(len_q=150, len_k=700, head_dim=head_dim, mask=mask, arch="sm_90a")
+    expected = replace(problem, arch="sm_90").run()
+    for schedule in emulator.SCHEDULES:
+        for seed in range(1, 4 if schedule == "random" else 2):
+            assert_same(problem.run(schedule, seed), expected)
+
+
+def test_the_sweep() -> None:
+    cases = [
+        replace(case, len_q=case.len_q + 64) for case in testing.standard_cases("small") if case.dtype != "float32"
+    ]
+    assert cases
+    testing.assert_invariant(attention_on(SM_90A), cases)
+
+
+KERNEL, COPIES, RING = "forward_sm90.cuh", "attn/key_copies.cuh", "attn/ring.cuh"
+#: What the emulator says of accesses that nothing orders.
+UNORDERED = "race with a (read|write)|a copy to there has not been waited for|wgmma still reads|never written"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A call for attention with key lengths, or with a mask with holes; garbage where no key is."""
+
+    holes: bool = False
+
+    def run(self, schedule: str = "ascending", seed: int = 1) -> Any:
+        q, k, v = arrays(2, 70, 300, heads=(1, 1))
+        exists = torch.arange(300) % 7 != 3 if self.holes else torch.arange(300) < 200
+        k[:, :, ~exists], v[:, :, ~exists] = torch.nan, torch.nan
+        options = {"key_padding_mask": exists.expand(2, -1)} if self.holes else {"kv_lengths": torch.tensor([200, 200])}
+        options = {name: x.int() if name == "kv_lengths" else x for name, x in options.items()}
+        whole = emulator.run
+        try:
+            dispatch.emulator.run = lambda launches: whole(launches, schedule, seed)
+            with cuattn.use_backend(*SM_90A):
+                return cuattn.attention(q, k, v, return_lse=True, **options)
+        finally:
+            dispatch.emulator.run = whole
+
+
+class Bug(NamedTuple):
+    file: str
+    old: str
+    new: str
+    error: str | None
+    problem: Any = ManyRows(len_q=150, len_k=700, arch="sm_90a")
+    schedules: tuple[str, ...] = emulator.SCHEDULES
+
+
+BUGS = {
+    "values are used before they are there": Bug(
+        KERNEL,
+        "            wait_filled();\n            multiply_values(adds);\n            pass_turn();",
+        "            multiply_values(adds);\n            pass_turn();",
+        UNORDERED,
+    ),
+    "a slot is given back too early": Bug(
+        KERNEL,
+        "            ptx::wgmma_wait<1>();\n            ptx::wgmma_hold(score_);\n            release(keys);",
+        "            release(keys);\n            ptx::wgmma_wait<1>();\n            ptx::wgmma_hold(score_);",
+        UNORDERED,
+    ),
+    "a slot is never given back": Bug(
+        KERNEL,
+        "            ptx::wgmma_hold(score_);\n            release(keys);",
+        "ptx::wgmma_hold(score_);",
+        "deadlock",
+    ),
+    "tiles are copied into slots in use": Bug(
+        RING, "        ptx::mbarrier_wait(free + place.slot * ptx::mbarrier_bytes, place.parity ^ 1);\n", "", UNORDERED
+    ),
+    "queries are hidden from the products": Bug(
+        KERNEL, "        ptx::fence_async_proxy();\n        meet();", "        meet();", "asynchronous proxy"
+    ),
+    "products without their fence": Bug(
+        KERNEL,
+        "ptx::wgmma_fence();\n            multiply_keys();\n            ptx::wgmma_wait<0>",
+        "multiply_keys();\n            ptx::wgmma_wait<0>",
+        "wgmma_fence",
+    ),
+    "outputs are used before they are there": Bug(
+        KERNEL, "ptx::wgmma_wait_after<0>", "ptx::wgmma_wait_after<1>", "before its wait|still under way|wait"
+    ),
+    "nobody has the first turn": Bug(KERNEL, "number_ == consumers - 1) pass_turn", "false) pass_turn", "deadlock"),
+    "more registers than there are": Bug(
+        KERNEL,
+        "claim_registers<config::consumer_registers>",
+        "claim_registers<config::consumer_registers + 8>",
+        "register",
+    ),
+    "more bytes are expected than come": Bug(
+        COPIES, "tile_rows * Tile::row_bytes);", "tile_rows * Tile::row_bytes + 16);", "deadlock"
+    ),
+    "the tail of the values is left as it is": Bug(COPIES, "            clear_rows(to, valid);\n", "", None, Asked()),
+    "cleared rows are hidden from the products": Bug(
+        COPIES,
+        "            clear_rows(to, valid);\n            ptx::fence_async_proxy();",
+        "            clear_rows(to, valid);",
+        "asynchronous proxy",
+        Asked(),
+    ),
+    "rows are announced too early": Bug(
+        COPIES, "ptx::cp_async_wait<pending>();", "ptx::cp_async_wait<pending + 1>();", UNORDERED, Asked(holes=True)
+    ),
+    "a page of another tile": Bug(
+        COPIES, "value_page_ = key_page_;\n        }", "value_page_ = next_page_;\n        }", None, Asked(holes=True)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_planted_bugs_are_found(name: str, sources: Any) -> None:  # noqa: F811
+    bug = BUGS[name]
+    right = bug.problem.run()  # control: the kernel as it is
+    change(sources / bug.file, bug.old, bug.new)
+    for schedule in bug.schedules:
+        if bug.error is None:
+            with pytest.raises(BitwiseMismatch):
+                assert_bitwise_equal(bug.problem.run(schedule)[0], right[0])
+            continue
+        with pytest.raises(EmulatorError) as caught:
+            bug.problem.run(schedule)
+        assert re.search(bug.error, str(caught.value)), f"{schedule}: {caught.value}"
+
+
+def test_infinite_values_stay_where_they_are_seen() -> None:
+    """A row that does not see an infinite value is not changed by it, if the row that does is 64 rows behind it."""
+    q, k, v = arrays(1, 256, 256, heads=(1, 1))
+    with cuattn.use_backend(*SM_90A):
+        expected = cuattn.attention(q, k, v, "causal")
+        v[:, :, 200] = torch.inf
+        out = cuattn.attention(q, k, v, "causal")
+    assert_bitwise_equal(out[:, :, :128], expected[:, :, :128])
+    assert not np.isfinite(out[:, :, 200:].float().numpy()).any()

@@ -1,0 +1,104 @@
+"""The machine code of the kernel for Hopper: what it is made of, and that it keeps to its plan of registers."""
+
+import random
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from sass import Program
+
+from cuattn import env, jit
+from cuattn.config import HEAD_DIMS, MASKS, ForwardSm90Config
+
+#: (ragged, paged), as calls ask for them.
+LENGTHS = ((False, False), (True, False), (True, True))
+CONFIG = ForwardSm90Config(128, 128, "causal", "bfloat16", "sm_90a")
+
+
+def wrong_with(config: ForwardSm90Config) -> list[str]:
+    """What is wrong with a kernel's code; nothing for a good one."""
+    resources, program = jit.resources(config), Program.of(jit.cubin_path(config))
+    errors = []
+    if resources.spills:
+        errors.append(f"spills: {resources}")
+    if resources.serialized:
+        errors.append("products are serialized")
+    expected = ("HGMMA", "LDGSTS" if config.paged else "UTMALDG", "USETMAXREG")
+    errors += [f"no {name}" for name in expected if not program.find(rf"^{name}\b")]
+    plan = {"DEALLOC": config.producer_registers, "ALLOC": config.consumer_registers}
+    for kind, allowed in plan.items():
+        (start,) = program.find(rf"^USETMAXREG\.(TRY_)?{kind}")
+        number = int(re.findall(r"0x[0-9a-f]+", program.instructions[start].text)[-1], 16)
+        if number != allowed:
+            errors.append(f"{kind}: got {number} registers, expected {allowed}")
+        if (used := program.registers(start)) > allowed:
+            errors.append(f"{kind}: {used} registers are used of {allowed}")
+    # all exponentials of a step run between the wait for scores and that for outputs, beside the products with values
+    scores, outputs = program.find(r"^WARPGROUP\.DEPBAR\.LE gsb0, 0x1"), program.find(r"^WARPGROUP\.DEPBAR")
+    if len(scores) != 1:
+        return [*errors, f"got {len(scores)} waits that leave a group under way, expected 1"]
+    (first,), end = scores, next(i for i in outputs if i > scores[0])
+    beside = sum(first < i < end for i in program.find(r"^MUFU\.EX2"))
+    if beside < config.key_tile // 2:  # a lane's scores of two rows
+        errors.append(f"{beside} exponentials run beside the products, expected {config.key_tile // 2}")
+    return errors
+
+
+@pytest.mark.parametrize("first", HEAD_DIMS[::4])
+def test_every_head_dim(first: int) -> None:
+    for head_dim in range(first, first + 32, 8):
+        draw = random.Random(head_dim)
+        lengths = draw.choice(LENGTHS)
+        dtype = draw.choice(("float16", "bfloat16"))
+        config = ForwardSm90Config(head_dim, head_dim, draw.choice(MASKS), dtype, "sm_90a", *lengths)
+        assert wrong_with(config) == [], config
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_head_dims_of_most_models(head_dim: int, mask: str) -> None:
+    for lengths in LENGTHS:
+        config = ForwardSm90Config(head_dim, head_dim, mask, "bfloat16", "sm_90a", *lengths)
+        assert wrong_with(config) == [], config
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(192, 128), (64, 256), (256, 64), (128, 72)])
+def test_head_dims_of_their_own_for_values(head_dim: int, value_dim: int) -> None:
+    for lengths in LENGTHS:
+        config = ForwardSm90Config(head_dim, value_dim, "causal", "float16", "sm_90a", *lengths)
+        assert wrong_with(config) == [], config
+
+
+@pytest.fixture
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the kernel sources, in use in place of them."""
+    import shutil
+
+    folder = tmp_path / "kernels"
+    shutil.copytree(env.kernel_dir(), folder)
+    monkeypatch.setenv(env.KERNEL_DIR, str(folder))
+    return folder
+
+
+def change(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert text.count(old) == 1, f"{file.name}: {old!r} is there {text.count(old)} times"
+    file.write_text(text.replace(old, new))
+
+
+def test_controls(sources: Path) -> None:
+    kernel = sources / "forward_sm90.cuh"
+    assert wrong_with(CONFIG) == []
+    # without what holds it up, the wait for outputs comes before the exponentials
+    change(kernel, "wgmma_wait_after<0>(fminf(rows_.sum[0], rows_.sum[1]), query_)", "wgmma_wait<0>()")
+    assert any("exponentials" in error for error in wrong_with(CONFIG))
+
+
+def test_controls_of_registers() -> None:
+    (start,) = Program.of(jit.cubin_path(CONFIG)).find(r"^USETMAXREG\.(TRY_)?ALLOC")
+    program = Program.of(jit.cubin_path(CONFIG))
+    assert program.registers(start) > 168  # more than a block of that many threads starts with
+    paged = replace(CONFIG, ragged=True, paged=True)
+    assert wrong_with(paged) == []
+    assert Program.of(jit.cubin_path(paged)).find("^LDGSTS")
