@@ -24,6 +24,7 @@ from timing import Call
 
 import cuattn
 from cuattn import dispatch, env, launch, replay
+from cuattn.tensor_map import encode_emulated
 
 WARM_UP = 100
 #: Calls of a batch, whose launches fit into a device's queue.
@@ -38,7 +39,7 @@ def stubbed() -> Iterator[None]:
     with (
         patch.multiple(replay, BACKENDS=("emulator",), _current_device=lambda torch: None),
         patch.object(replay, "_is_on_device", lambda x: True),
-        patch.multiple(replay, _bind=lambda index: None, _stream=lambda torch, index: 0),
+        patch.multiple(replay, encode=encode_emulated, _bind=lambda index: None, _stream=lambda torch, index: 0),
         patch.object(replay, "loaded", lambda config, index: launch.Kernel(config, function)),
         patch.object(launch, "_driver", lambda: driver),
         patch.object(dispatch.emulator, "run", lambda launches: None),
