@@ -6,9 +6,9 @@
 
 runs with this interpreter, which needs CuPy, torch for CUDA, ml_dtypes, a C++ compiler, and pytest with its plugins
 xdist and timeout. FOLDER gets log.txt (all output), summary.txt, decode.csv, forward.csv, backward.csv,
-backward_memory.csv, padded.csv, accuracy.csv, jit_time.csv and check.json. The variable COMMIT says which commit to
-note in the CSV files. A planted_* step passes if compute-sanitizer finds the bug that was planted. Exit status 0 if all
-steps passed.
+backward_memory.csv, padded.csv, host_cost.csv, accuracy.csv, jit_time.csv and check.json. The variable COMMIT says
+which commit to note in the CSV files. A planted_* step passes if compute-sanitizer finds the bug that was planted. Exit
+status 0 if all steps passed.
 """
 
 import argparse
@@ -97,6 +97,7 @@ def all_steps(folder: Path) -> list[Step]:
         Step("forward", 100, bench("forward", "--seconds", "75"), shown=24),
         Step("backward", 90, bench("backward", "--seconds", "65"), shown=20),
         Step("backward_memory", 30, bench("backward", "--memory", to="backward_memory"), shown=12),
+        Step("host_cost", 30, bench("host_cost"), shown=8),
         Step("memcheck", 90, sanitize("memcheck")),
         planted("memcheck", "write", *many_rows(64)),
         planted("memcheck", "read", *many_rows(64)),

@@ -24,6 +24,7 @@ from timing import Call
 
 import cuattn
 from cuattn import dispatch, env, launch, replay
+from cuattn.tensor_map import encode_emulated
 
 WARM_UP = 100
 #: Calls of a batch, whose launches fit into a device's queue.
@@ -38,7 +39,7 @@ def stubbed() -> Iterator[None]:
     with (
         patch.multiple(replay, BACKENDS=("emulator",), _current_device=lambda torch: None),
         patch.object(replay, "_is_on_device", lambda x: True),
-        patch.multiple(replay, _bind=lambda index: None, _stream=lambda torch, index: 0),
+        patch.multiple(replay, encode=encode_emulated, _bind=lambda index: None, _stream=lambda torch, index: 0),
         patch.object(replay, "loaded", lambda config, index: launch.Kernel(config, function)),
         patch.object(launch, "_driver", lambda: driver),
         patch.object(dispatch.emulator, "run", lambda launches: None),
@@ -70,10 +71,10 @@ def calls_on(device: str) -> dict[str, Call]:
         "attention, one row, 2 launches": lambda: cuattn.attention(row, keys, values),
         "attention_varlen": lambda: cuattn.attention_varlen(*packed, *packed_starts, "causal"),
         "attention_kvcache, pages": lambda: cuattn.attention_kvcache(token, *caches, lengths, block_table=table),
-        "attention_kvcache, append": lambda: cuattn.attention_kvcache(
+        "attention_kvcache, append, 2 launches": lambda: cuattn.attention_kvcache(
             token, *caches, lengths, block_table=table, k_new=new[0], v_new=new[1]
         ),
-        "attention_backward, 5 launches": lambda: cuattn.attention_backward(dout, q, k, v, out, lse, "causal"),
+        "attention_backward, 4 launches": lambda: cuattn.attention_backward(dout, q, k, v, out, lse, "causal"),
     }
 
 
@@ -119,7 +120,7 @@ def main() -> None:
         for label, call in {**calls_on(device), "torch's attention": peer_on(device)}.items():
             times = microseconds(call, arguments.batches, wait)
             median, least = statistics.median(times), min(times)
-            print(f"{label:32s}{median:8.2f} us, at least {least:.2f}", flush=True)
+            print(f"{label:38s}{median:8.2f} us, at least {least:.2f}", flush=True)
             figures = {"us": f"{median:.2f}", "us_min": f"{least:.2f}", "calls": len(times) * BATCH}
             rows.append({"call": label, **figures, **facts})
     if arguments.csv:

@@ -20,7 +20,7 @@ ARCH = "CUATTN_ARCH"
 VARIABLES = (BACKEND, KERNEL_DIR, CACHE_DIR, COMPILER, CHECK, ARCH)
 
 
-_OF_EACH_CALL = tuple(map(os.fsencode, (BACKEND, CHECK, ARCH)))
+_BACKEND, _CHECK, _ARCH = map(os.fsencode, (BACKEND, CHECK, ARCH))
 
 
 def unparsed() -> tuple[bytes | None, ...]:
@@ -29,7 +29,7 @@ def unparsed() -> tuple[bytes | None, ...]:
     `os.environ` itself takes 0.5 us a variable to encode names and decode values.
     """
     values: dict[bytes, bytes] = os.environ._data  # type: ignore[attr-defined] # which all its methods go by
-    return tuple(map(values.get, _OF_EACH_CALL))
+    return values.get(_BACKEND), values.get(_CHECK), values.get(_ARCH)
 
 
 def backend() -> str:

@@ -19,8 +19,8 @@ MOST = {
     "attention, one row, 2 launches": (28, 52),
     "attention_varlen": (26, 56),
     "attention_kvcache, pages": (21, 56),
-    "attention_kvcache, append": (26, 70),
-    "attention_backward, 5 launches": (31, 80),
+    "attention_kvcache, append, 2 launches": (26, 70),
+    "attention_backward, 4 launches": (31, 80),
 }
 
 
