@@ -35,7 +35,7 @@ from cuattn.reference.gold import gold_attention
 from cuattn.testing.arrays import round_to_bits, values_of
 
 ROWS = 64
-ARCH = "sm_90a"
+ARCH = "sm_90"
 #: Standard deviation of the queries, mean of the values.
 INPUTS = {
     "normal": (1.0, 0.0),
@@ -56,7 +56,7 @@ STORE_FP32: tuple[Substitution, ...] = (
         "                                  ptx::pack_16bit<bfloat16>(normalised(out[b][2 * half], scale),\n"
         "                                                            normalised(out[b][2 * half + 1], scale)));\n",
         "            if (row < valid) {\n"
-        "                float* const to = reinterpret_cast<float*>(row_out + row * stride) + 8 * b + 2 * (lane & 3);\n"
+        "                float* const to = reinterpret_cast<float*>(row_out(row)) + 8 * b + 2 * (lane & 3);\n"
         "                ptx::store_global_f32(to, normalised(out[b][2 * half], scale));\n"
         "                ptx::store_global_f32(to + 1, normalised(out[b][2 * half + 1], scale));\n"
         "            }\n",

@@ -71,34 +71,6 @@ struct Copies<true> {
 };
 using KeyCopies = Copies<config::paged>::Type;
 
-// Tiles that rows of the block before `row` see.
-__device__ __forceinline__ int tiles_until(const BlockPlace& place, int group, int row) {
-    const int last = min(row, place.query_length * group) - 1;
-    return (place.visible_keys(last / group) + key_tile - 1) / key_tile;
-}
-
-// Blocks of the same rows follow each other.
-__device__ __forceinline__ BlockPlace block_place(const SplitParams& params, int pieces, int lane) {
-    const ForwardParams& forward = params.forward;
-    const u32 block = config::split ? blockIdx.x / pieces : blockIdx.x;
-    return BlockPlace(forward, forward.query_heads / forward.group, forward.group, lane, block);
-}
-
-// The same as results.cuh has it. A group's place in the workspace is its number. A template, since only places of ragged
-// batches are sequences of keys.
-template <class RaggedPlace>
-__device__ __forceinline__ Work work_of(const RaggedPlace& place, const Part& part, int pieces) {
-    Work work;
-    work.sequence = place;
-    work.key_head = place.head;
-    work.first_row = place.first_row;
-    work.first_chunk = part.first_chunk;
-    work.end_chunk = part.end_chunk;
-    work.chunks = part.chunks;
-    work.slot = static_cast<int>(blockIdx.x / pieces);
-    return work;
-}
-
 // One consumer warpgroup's rows.
 class Consumer {
   public:
@@ -289,7 +261,7 @@ class Consumer {
     __device__ __forceinline__ void store() const {
         meet();  // all warps' products with queries are done
         // found again rather than kept in registers
-        const BlockPlace place = block_place(split_, pieces_, lane_);
+        const BlockPlace place = block_place<BlockPlace>(split_, pieces_, lane_);
         const int first = warp_row_;
         store_rows<value_dim, OutTile, config::bfloat16>(
             out_, rows_, query_ + warp_ * 16 * 128, min(16, place.query_length * params_.group - first),
@@ -386,7 +358,7 @@ extern "C" __global__ void __launch_bounds__(threads, 1)
     SharedMemory& shared = *static_cast<SharedMemory*>(ptx::dynamic_shared());
     const ForwardParams& forward = params.call.forward;
     const int lane = threadIdx.x & 31, group = forward.group;
-    const BlockPlace place = block_place(params.call, params.pieces, lane);
+    const BlockPlace place = block_place<BlockPlace>(params.call, params.pieces, lane);
     const bool has_work =
         !config::ragged || (place.has_rows(group) && i64(place.query_length) * group > forward.sequences.few_rows);
     const int piece = config::split ? static_cast<int>(blockIdx.x % params.pieces) : 0;
@@ -401,14 +373,7 @@ extern "C" __global__ void __launch_bounds__(threads, 1)
     if (!has_work || part.first_chunk >= part.end_chunk) return;
     const RingAddress ring{ptx::shared_address(shared.ring), ptx::shared_address(shared.filled),
                            ptx::shared_address(shared.free), ptx::shared_address(&shared.landed)};
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < ring_slots; ++i) {
-            ptx::mbarrier_init(ring.filled + i * ptx::mbarrier_bytes, KeyCopies::arrivals);
-            ptx::mbarrier_init(ring.free + i * ptx::mbarrier_bytes, consumers * 4);
-        }
-        ptx::mbarrier_init(ring.landed, 1);
-        ptx::mbarrier_init_fence();
-    }
+    if (threadIdx.x == 0) ring.init(ring_slots, KeyCopies::arrivals, consumers * 4);
     __syncthreads();
     // the same for all lanes of a warp, and the compiler must know
     const int number = __shfl_sync(all_lanes, threadIdx.x / warpgroup, 0);

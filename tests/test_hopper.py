@@ -221,7 +221,10 @@ BUGS = {
         "deadlock",
     ),
     "tiles are copied into slots in use": Bug(
-        RING, "        ptx::mbarrier_wait(free + place.slot * ptx::mbarrier_bytes, place.parity ^ 1);\n", "", f"{UNORDERED}|more than 1 arrivals"
+        RING,
+        "        ptx::mbarrier_wait(free + place.slot * ptx::mbarrier_bytes, place.parity ^ 1);\n",
+        "",
+        f"{UNORDERED}|more than 1 arrivals",
     ),
     "queries are hidden from the products": Bug(
         KERNEL, "        ptx::fence_async_proxy();\n        meet();", "        meet();", "asynchronous proxy"

@@ -13,12 +13,6 @@
 
 namespace cuattn {
 
-// Where the ring is: shared addresses of its first slot and barriers.
-struct RingAddress {
-    u32 slots, filled, free;
-    u32 landed;  // a barrier for the copy of a tile that needs more than a copy
-};
-
 // By one warp, of which one lane speaks to the copy engine.
 template <class KeyTile, class ValueTile, int tile_rows, int slot_bytes, int slots, bool ragged, class KeySequence>
 class BoxCopies {

@@ -8,6 +8,22 @@
 
 namespace cuattn {
 
+// Where the ring is: shared addresses of its first slot and barriers.
+struct RingAddress {
+    u32 slots, filled, free;
+    u32 landed;  // a barrier for the copy of a tile that needs more than a copy
+
+    // Makes the barriers ready: so many arrivals fill a slot, and so many free it. By one thread.
+    __device__ __forceinline__ void init(int slots, int fillers, int readers) const {
+        for (int i = 0; i < slots; ++i) {
+            ptx::mbarrier_init(filled + i * ptx::mbarrier_bytes, fillers);
+            ptx::mbarrier_init(free + i * ptx::mbarrier_bytes, readers);
+        }
+        ptx::mbarrier_init(landed, 1);
+        ptx::mbarrier_init_fence();
+    }
+};
+
 // The slot of a step, and the parity of its turn.
 template <int slots>
 struct RingPlace {
