@@ -69,9 +69,13 @@ class Attend:
 
     @functools.cached_property
     def many_rows_config(self) -> ForwardSm90Config | ForwardConfig | ColumnsConfig:
+        return configs.many_rows(*self._shape, self.problem.sequences is not None or self.paged, self.paged)
+
+    @property
+    def _shape(self) -> tuple[int, int, str, str, str]:
+        """What every choice of a kernel depends on."""
         problem = self.problem
-        shape = (problem.head_dim, problem.value_dim, problem.mask, problem.query.dtype, self.target.arch)
-        return configs.many_rows(*shape, problem.sequences is not None or self.paged, self.paged)
+        return (problem.head_dim, problem.value_dim, problem.mask, problem.query.dtype, self.target.arch)
 
     @property
     def shares_many_rows(self) -> bool:
@@ -93,33 +97,44 @@ class Attend:
         return [self._launch(config, grid, SplitParams(self.params, PartialParams()), config.row_tile)]
 
     def _many_rows_sm90(self, config: ForwardSm90Config, allocate: Allocate) -> list[Launch]:
-        """The copy engine reads keys and values through maps of them; where there is no such map, threads read them.
-
-        Where the tiles of rows leave multiprocessors idle, or the caller says so, several blocks share a tile's chunks.
-        """
-        problem, tensors = self.problem, {"key_map": self.problem.key, "value_map": self.problem.value}
-        if self.paged or not all(can_map(tensor) for tensor in tensors.values()):
-            config, tensors = replace(config, ragged=True, paged=True), {}
+        """Where tiles of rows leave multiprocessors idle, or the caller says so, blocks share a tile's chunks."""
+        problem = self.problem
         self.params.query_tiles = self.tiles_of(config.row_tile, problem.group)
         groups = problem.batch * problem.key_heads * self.params.query_tiles
         chunks = contract.chunk_count(self.key_length)
         pieces = max(1, min(chunks, problem.num_splits or self.target.processors // max(1, groups)))
-        partials, scratch = PartialParams(), {}
+        scratch: dict[str, Tensor] = {}
         if pieces > 1:
             config = replace(config, ragged=True, split=True)
             scratch = _workspace(groups, chunks, config.row_tile, problem.value_dim, allocate)
-            partials = partial_params(scratch, chunks, config.row_tile, by_group=True)
+        partials = partial_params(scratch, chunks, config.row_tile, by_group=True)
+        launch = self._launch_sm90(config, groups * pieces, partials, scratch, allocate, pieces)
+        return [launch, *self._combine(groups, partials, scratch)]
+
+    def _launch_sm90(
+        self,
+        config: ForwardSm90Config,
+        blocks: int,
+        partials: PartialParams,
+        scratch: dict[str, Tensor],
+        allocate: Allocate,
+        pieces: int = 1,
+    ) -> Launch:
+        """The copy engine reads keys and values through maps of them; where there is no such map, threads read them."""
+        tensors = {"key_map": self.problem.key, "value_map": self.problem.value}
+        if self.paged or not all(can_map(tensor) for tensor in tensors.values()):
+            config, tensors = replace(config, ragged=True, paged=True), {}
         finished = {}
-        if config.merged_floats and chunks > 1:
-            finished["merged"] = allocate((groups * pieces, config.merged_floats), "float32")
+        if config.merged_floats and contract.chunk_count(self.key_length) > 1:
+            finished["merged"] = allocate((blocks, config.merged_floats), "float32")
         params = ForwardSm90Params(
             call=SplitParams(self.params, partials),
             merged=finished["merged"].pointer if finished else None,
             pieces=pieces,
         )
-        launch = self._launch(config, groups * pieces, params, config.row_tile, {**scratch, **finished})
+        launch = self._launch(config, blocks, params, config.row_tile, {**scratch, **finished})
         maps = {name: TensorMap.of(tensor, config.key_tile) for name, tensor in tensors.items()}
-        return [replace(launch, tensor_maps=maps), *self._combine(groups, partials, scratch)]
+        return replace(launch, tensor_maps=maps)
 
     def _combine(self, slots: int, partials: PartialParams, scratch: dict[str, Tensor]) -> list[Launch]:
         """The merge of what several blocks have of the same rows, if any."""
@@ -134,7 +149,7 @@ class Attend:
 
         Sequences of more than ``few_rows`` rows are left to another launch.
         """
-        problem, config = self.problem, self._few_rows_config()
+        problem, config = self.problem, configs.few_rows(*self._shape, self.paged)
         tiles = self.tiles_of(config.row_tile, problem.group)
         groups = problem.batch * problem.key_heads * tiles
         chunks = max(1, contract.chunk_count(self.key_length))
@@ -163,11 +178,14 @@ class Attend:
         if chunks > 1 and not (even and groups % blocks == 0):
             scratch = _workspace(slots, chunks, rows, problem.value_dim, allocate)
         partials = partial_params(scratch, chunks, rows, by_group=by_group)
-        forward = self._launch(config, blocks, SplitParams(self.params, partials), config.row_tile, scratch)
+        if isinstance(config, ForwardSm90Config):
+            forward = self._launch_sm90(config, blocks, partials, scratch, allocate)
+        else:
+            forward = self._launch(config, blocks, SplitParams(self.params, partials), config.row_tile, scratch)
         return [forward, *self._combine(slots, partials, scratch)]
 
     def partials(self, partials: dict[str, Tensor], first_chunk: int) -> Launch:
-        config = self._few_rows_config()
+        config = configs.columns(*self._shape, self.paged, split=True)
         problem = self.problem
         self.params.query_tiles = self.tiles_of(config.row_tile, problem.group)
         self.params.sequences.few_rows = LARGEST_GRID
@@ -179,10 +197,6 @@ class Attend:
         launch = self._launch(config, grid, SplitParams(self.params, params), config.row_tile)
         outputs = {f"partials.{name}": tensor for name, tensor in partials.items()}
         return Launch(config, grid, launch.params, launch.inputs, outputs)
-
-    def _few_rows_config(self) -> ColumnsConfig:
-        p = self.problem
-        return configs.few_rows(p.head_dim, p.value_dim, p.mask, p.query.dtype, self.target.arch, self.paged)
 
     def tiles_of(self, tile_rows: int, token_rows: int) -> int:
         """Tiles of a head and batch entry; of packed sequences as many as they could need, for lengths are not known

@@ -4,21 +4,22 @@
 // One block computes packed rows of one key head, 64 for each consumer warpgroup. Warpgroup 0 fills the ring with tiles of
 // keys and values. A consumer starts the products of its queries with the keys of tile j and then those of the weights with
 // the values of tile j - 1, and turns scores into weights while these run; warpgroups take turns, so that one's exponentials
-// overlap the other's products. With `split` several blocks share the chunks of the same rows. What a row computes, and in which order, depends on absolute key positions alone
+// overlap the other's products. Several blocks may share the chunks of the same rows (attn/block_work.cuh). What a row computes, and in which order, depends on absolute key positions alone
 // (docs/numerics.md), and is what the other kernels compute.
 #pragma once
 
+#include <attn/block_work.cuh>
 #include <attn/chunks.cuh>
 #include <attn/epilogue.cuh>
 #include <attn/key_copies.cuh>
 #include <attn/params.cuh>
-#include <attn/part.cuh>
-#include <attn/place.cuh>
 #include <attn/results.cuh>
 #include <attn/ring.cuh>
 #include <attn/rows.cuh>
 #include <attn/softmax.cuh>
 #include <attn/tile.cuh>
+#include <attn/warpgroup_products.cuh>
+#include <attn/work.cuh>
 #include <common/types.cuh>
 #include <ptx/cp_async.cuh>
 #include <ptx/mbarrier.cuh>
@@ -30,15 +31,17 @@
 namespace cuattn {
 
 using config::head_dim, config::value_dim, config::tile_dim, config::value_tile_dim, config::key_tile,
-    config::consumers, config::ring_slots, config::value_columns;
+    config::consumers, config::ring_slots, config::value_columns, config::split;
 
 static_assert(config::contract_version == 1, "this file implements version 1 of docs/numerics.md");
 static_assert(head_dim % 8 == 0 && value_dim % 8 == 0 && value_dim <= value_columns && value_columns <= value_tile_dim);
 static_assert(config::chunk_length(0) % key_tile == 0, "a chunk is a whole number of tiles");
-static_assert(!config::split || config::ragged, "lengths are read on the device where blocks share rows");
+static_assert((!split || config::ragged) && (!config::few || split),
+              "lengths are read on the device where blocks share rows");
 
 constexpr int warpgroup = 128, group_rows = 64;  // threads and rows
 constexpr int block_rows = consumers * group_rows, threads = (1 + consumers) * warpgroup;
+constexpr bool moves_registers = consumers > 1;  // else there are as many as a thread can have
 constexpr int widest = tile_dim > value_tile_dim ? tile_dim : value_tile_dim;
 constexpr int slot_elements = key_tile * widest;
 constexpr int query_elements = group_rows * widest;  // first the queries, then rows on their way out
@@ -48,7 +51,7 @@ using OutTile = Tile<value_tile_dim, 2, group_rows>;
 using KeyTile = Tile<tile_dim, 2, key_tile>;
 using ValueTile = Tile<value_tile_dim, 2, key_tile>;
 using Merged = MergedChunks<value_columns / 8, config::merged_in_shared>;
-using BlockPlace = Place<block_rows, config::causal, config::ragged, config::paged>;
+using Products = WarpgroupProducts<config::bfloat16, head_dim, value_columns, key_tile>;
 using At = RingPlace<ring_slots>;
 
 struct SharedMemory {
@@ -62,40 +65,50 @@ static_assert(QueryTile::row_bytes <= 1024 && sizeof(u64) == ptx::mbarrier_bytes
 
 template <bool by_rows>
 struct Copies {
-    using Type = BoxCopies<KeyTile, ValueTile, key_tile, slot_elements * 2, ring_slots, config::ragged, BlockPlace>;
+    using Type = BoxCopies<KeyTile, ValueTile, key_tile, slot_elements * 2, ring_slots, config::ragged, KeySequence>;
 };
 template <>
 struct Copies<true> {
     using Type =
-        RowCopies<KeyTile, ValueTile, head_dim, value_dim, key_tile, slot_elements * 2, ring_slots, BlockPlace>;
+        RowCopies<KeyTile, ValueTile, head_dim, value_dim, key_tile, slot_elements * 2, ring_slots, KeySequence>;
 };
 using KeyCopies = Copies<config::paged>::Type;
 
-// One consumer warpgroup's rows.
+// One consumer warpgroup.
 class Consumer {
   public:
-    __device__ __forceinline__ Consumer(const ForwardSm90Params& params, const BlockPlace& place,
-                                        const RingAddress& ring, SharedMemory& shared, int number)
-        : split_(params.call),
+    __device__ __forceinline__ Consumer(const ForwardSm90Params& params, const RingAddress& ring, SharedMemory& shared,
+                                        int number)
+        : call_(params),
           params_(params.call.forward),
-          pieces_(params.pieces),
-          merged_out_(params.merged),
-          place_(place),
           ring_(ring),
           lane_(threadIdx.x & 31),
           number_(number),
           warp_(threadIdx.x / 32 & 3),
-          warp_row_(place.first_row + number * group_rows + warp_ * 16),
           query_(ptx::shared_address(shared.query[number])),
-          merged_rows_(ptx::shared_address(shared.merged[number * 4 + warp_])) {}
+          merged_rows_(ptx::shared_address(shared.merged[number * 4 + warp_])) {
+        if (consumers > 1 && number == consumers - 1) pass_turn();  // the first warpgroup has the first turn
+    }
 
-    __device__ __forceinline__ void load_queries() const {
+    // Computes the chunks of `work` for this warpgroup's rows, and stores the results, or partial results.
+    __device__ __forceinline__ void attend(const Work& work) {
+        const int group = params_.group, first_row = work.first_row + number_ * group_rows;
+        const bool has_rows = first_row < work.sequence.query_length * group;
+        const Tiles block(work, group, work.first_row + block_rows);
+        const Tiles own(work, group, first_row + group_rows);
+        load_queries(work, first_row);
+        add_chunks(work, block, has_rows ? min(own.end, block.end) : block.first);
+    }
+
+  private:
+    __device__ __forceinline__ void load_queries(const Work& work, int first_row) const {
         const u16* const queries = static_cast<const u16*>(params_.query);
-        const int first = place_.first_row + number_ * group_rows;
+        const KeySequence& sequence = work.sequence;
+        if (config::few) meet();  // earlier rows have left the memory
         QueryTile::load<head_dim, group_rows, warpgroup>(
-            query_, place_.query_length * params_.group - first, threadIdx.x % warpgroup, [&](int row) {
-                const PackedRow packed(params_, place_.head, first + row);
-                return queries + packed.offset(params_.query_strides, place_.query_batch, place_.query_start);
+            query_, sequence.query_length * params_.group - first_row, threadIdx.x % warpgroup, [&](int row) {
+                const PackedRow packed(params_, work.key_head, first_row + row);
+                return queries + packed.offset(params_.query_strides, sequence.query_batch, sequence.query_start);
             });
         ptx::cp_async_commit();
         ptx::cp_async_wait<0>();
@@ -104,13 +117,14 @@ class Consumer {
     }
 
     // Of the block's tiles those before `end` concern this warpgroup.
-    __device__ __forceinline__ void attend(const Part& part, int end) {
+    __device__ __forceinline__ void add_chunks(const Work& work, const Tiles& block, int end) {
         reset();
+        const int warp_row = first_row_of(work);
         // of the warp's rows; the same for all lanes, and the compiler must know
-        const int seen_by_all = __shfl_sync(all_lanes, place_.visible_keys(warp_row_ / params_.group), 0);
-        int chunk = part.first_chunk, chunk_end = config::chunk_start(chunk + 1);
+        const int seen_by_all = __shfl_sync(all_lanes, work.sequence.visible_keys(warp_row / params_.group), 0);
+        int chunk = work.first_chunk, chunk_end = config::chunk_start(chunk + 1);
         bool adds = false;  // the next product with values is not a chunk's first
-        if (part.first_tile < end) {
+        if (block.first < end) {
             wait_filled();
             ptx::wgmma_fence();
             multiply_keys();
@@ -119,11 +133,11 @@ class Consumer {
             release(at_);
             at_ = at_.next();
             float rescale[2];
-            weigh(part.first_tile, seen_by_all, rescale);
-            pack();
+            weigh(work, block.first, seen_by_all, rescale);
+            Products::pack(weight_, score_);
         }
 #pragma unroll 1
-        for (int tile = part.first_tile + 1; tile < end; ++tile) {
+        for (int tile = block.first + 1; tile < end; ++tile) {
             const At keys = at_;
             wait_filled();
             take_turn();
@@ -140,15 +154,15 @@ class Consumer {
             RowStatistics finished = rows_;
             if (starts_chunk) rows_.reset();
             float rescale[2];
-            weigh(tile, seen_by_all, rescale);
+            weigh(work, tile, seen_by_all, rescale);
             ptx::wgmma_wait_after<0>(fminf(rows_.sum[0], rows_.sum[1]), query_);
             ptx::wgmma_hold(out_);
             release(at_);
             at_ = at_.next();
-            pack();
+            Products::pack(weight_, score_);
             adds = !starts_chunk;
             if (starts_chunk) {
-                finish_chunk(part, chunk++, finished);
+                finish_chunk(work, chunk++, finished);
                 chunk_end += config::chunk_length(chunk_end);
             } else if (__any_sync(all_lanes, rescale[0] != 1.0f || rescale[1] != 1.0f)) {
                 // Skipped only where it would multiply by exactly 1.
@@ -159,8 +173,8 @@ class Consumer {
                 }
             }
         }
-        if (part.first_tile < end) {
-            if (end < part.end_tile) skip();  // keys of a tile that no row here sees
+        if (block.first < end) {
+            if (end < block.end) skip();  // keys of a tile that no row here sees
             wait_filled();
             ptx::wgmma_fence();
             multiply_values(adds);
@@ -169,28 +183,27 @@ class Consumer {
             release(at_);
             at_ = at_.next();
         }
-        leave_rest(part, end);
-        if (!config::split || part.first_chunk == 0) {
+        leave_rest(block, end);
+        if (!split || work.first_chunk == 0) {
             merged().fold(out_, rows_, chunk == 0);
-            if (part.is_whole()) {
-                store();
+            if (!split || work.end_chunk == work.chunks) {
+                store(work);
             } else {
-                store_part(part, 0, rows_);
+                store_part(work, 0, rows_);
             }
         } else {
             for (;; reset()) {  // chunks that no row here sees, too
-                finish_chunk(part, chunk, rows_);
-                if (++chunk >= part.end_chunk) break;
+                finish_chunk(work, chunk, rows_);
+                if (++chunk >= work.end_chunk) break;
             }
         }
     }
 
-    // The first warpgroup has the first turn.
-    __device__ __forceinline__ void start_turns() const {
-        if (consumers > 1 && number_ == consumers - 1) pass_turn();
+    // This warp's first row.
+    __device__ __forceinline__ int first_row_of(const Work& work) const {
+        return work.first_row + number_ * group_rows + warp_ * 16;
     }
 
-  private:
     // Named barriers: each warpgroup's turn, and each warpgroup's own.
     __device__ __forceinline__ void take_turn() const {
         if (consumers > 1) ptx::barrier_sync<2 * warpgroup>(1 + number_);
@@ -214,17 +227,17 @@ class Consumer {
     }
 
     // Tiles from `end` on, with which other warpgroups of the block go on: turns and slots are passed on without work.
-    __device__ __forceinline__ void leave_rest(const Part& part, int end) {
-        const int first = max(end, part.first_tile);
-        if (first == part.end_tile) return;
+    __device__ __forceinline__ void leave_rest(const Tiles& block, int end) {
+        const int first = max(end, block.first);
+        if (first == block.end) return;
 #pragma unroll 1
-        for (int tile = first; tile < part.end_tile; ++tile) {
-            if (tile > part.first_tile) {
+        for (int tile = first; tile < block.end; ++tile) {
+            if (tile > block.first) {
                 take_turn();
                 pass_turn();
             }
             // Behind own tiles the next one's keys have been taken before the values of the last one.
-            if (tile == first && tile > part.first_tile) continue;
+            if (tile == first && tile > block.first) continue;
             skip();
             if (tile > first) skip();
         }
@@ -238,76 +251,64 @@ class Consumer {
     }
 
     // Adds the chunk in out_ and `rows` to those before it; or writes it down, where these are another block's.
-    __device__ __forceinline__ void finish_chunk(const Part& part, int chunk, RowStatistics& rows) {
-        if (!config::split || part.first_chunk == 0) {
+    __device__ __forceinline__ void finish_chunk(const Work& work, int chunk, RowStatistics& rows) {
+        if (!split || work.first_chunk == 0) {
             merged().fold(out_, rows, chunk == 0);
             merged().store(out_, rows);
         } else {
             rows.sum[0] = quad_sum(rows.sum[0]);
             rows.sum[1] = quad_sum(rows.sum[1]);
-            store_part(part, chunk, rows);
+            store_part(work, chunk, rows);
         }
     }
 
-    // The result of chunk `chunk`, or, where chunk 0 stands, of all chunks of the first part.
-    __device__ __forceinline__ void store_part(const Part& part, int chunk, const RowStatistics& rows) const {
-        if constexpr (config::split) {
-            const Work work = work_of(place_, part, pieces_);
-            const WarpRows warp{warp_row_, 0, place_.query_length * params_.group - warp_row_};
-            store_partial<value_dim>(split_, work, warp, chunk, out_, rows, lane_);
+    // The result of chunk `chunk`, or, where chunk 0 stands, of all chunks up to the end of the work.
+    __device__ __forceinline__ void store_part(const Work& work, int chunk, const RowStatistics& rows) const {
+        if constexpr (split) {
+            const int warp_row = first_row_of(work);
+            const WarpRows warp{warp_row, 0, work.sequence.query_length * params_.group - warp_row};
+            store_partial<value_dim>(call_.call, work, warp, chunk, out_, rows, lane_);
         }
     }
 
-    __device__ __forceinline__ void store() const {
+    __device__ __forceinline__ void store(const Work& known) const {
         meet();  // all warps' products with queries are done
-        // found again rather than kept in registers
-        const BlockPlace place = block_place<BlockPlace>(split_, pieces_, lane_);
-        const int first = warp_row_;
+        Work work;
+        if (config::few) {
+            work = known;
+        } else {
+            tile_work<block_rows>(params_, call_.pieces, lane_, work);  // found again rather than kept in registers
+        }
+        const KeySequence& sequence = work.sequence;
+        const int first = first_row_of(work);
         store_rows<value_dim, OutTile, config::bfloat16>(
-            out_, rows_, query_ + warp_ * 16 * 128, min(16, place.query_length * params_.group - first),
+            out_, rows_, query_ + warp_ * 16 * 128, min(16, sequence.query_length * params_.group - first),
             [&](int row) {
-                const PackedRow packed(params_, place.head, first + row);
+                const PackedRow packed(params_, work.key_head, first + row);
                 return static_cast<u16*>(params_.out) +
-                       packed.offset(params_.out_strides, place.query_batch, place.query_start);
+                       packed.offset(params_.out_strides, sequence.query_batch, sequence.query_start);
             },
             [&](int row) {
-                const PackedRow packed(params_, place.head, first + row);
-                return params_.lse + packed.index(params_, place.query_batch, place.query_start);
+                const PackedRow packed(params_, work.key_head, first + row);
+                return params_.lse + packed.index(params_, sequence.query_batch, sequence.query_start);
             });
     }
 
     // Made anew for each use, rather than a pointer kept in registers.
     __device__ __forceinline__ Merged merged() const {
         const i64 warp = (i64(blockIdx.x) * consumers + number_) * 4 + warp_;
-        return Merged(merged_rows_, merged_out_ + warp * Merged::out_floats);
+        return Merged(merged_rows_, call_.merged + warp * Merged::out_floats);
     }
 
-    // A group of products: scores, 16 columns of the head dim at a time.
-    __device__ __forceinline__ void multiply_keys() {
-        const u64 query = ptx::wgmma_rows(query_), keys = ptx::wgmma_rows(ring_.slots + at_.slot * (slot_elements * 2));
-#pragma unroll
-        for (int k = 0; k < (head_dim + 15) / 16; ++k) {
-            ptx::wgmma_shared<config::bfloat16>(score_,
-                                                ptx::wgmma_advance(query, k / 4 * group_rows * 128 + k % 4 * 32),
-                                                ptx::wgmma_advance(keys, k / 4 * key_tile * 128 + k % 4 * 32), k > 0);
-        }
-        ptx::wgmma_commit();
-    }
-
-    // A group of products: outputs, 16 keys at a time.
+    __device__ __forceinline__ void multiply_keys() { Products::multiply_keys(score_, query_, slot()); }
     __device__ __forceinline__ void multiply_values(bool adds) {
-        const u64 values = ptx::wgmma_columns(ring_.slots + at_.slot * (slot_elements * 2), key_tile * 128);
         ptx::wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < key_tile / 16; ++k) {
-            ptx::wgmma_registers<config::bfloat16>(out_, weight_[k], ptx::wgmma_advance(values, k * 2048),
-                                                   k > 0 || adds);
-        }
-        ptx::wgmma_commit();
+        Products::multiply_values(out_, weight_, slot(), adds);
     }
+    __device__ __forceinline__ u32 slot() const { return ring_.slots + at_.slot * (slot_elements * 2); }
 
     // From scores to weights; what was accumulated must be multiplied with `rescale`.
-    __device__ __forceinline__ void weigh(int tile, int seen_by_all, float (&rescale)[2]) {
+    __device__ __forceinline__ void weigh(const Work& work, int tile, int seen_by_all, float (&rescale)[2]) {
         if (params_.negate_scores) {
 #pragma unroll
             for (int b = 0; b < key_tile / 8; ++b) {
@@ -317,60 +318,59 @@ class Consumer {
         }
         const int first_key = tile * key_tile;
         if (first_key + key_tile > seen_by_all) {
-            const int row = warp_row_ + lane_ / 4;
+            const int row = first_row_of(work) + lane_ / 4;
             mask_scores(score_,
-                        {place_.visible_keys(row / params_.group) - first_key,
-                         place_.visible_keys((row + 8) / params_.group) - first_key},
+                        {work.sequence.visible_keys(row / params_.group) - first_key,
+                         work.sequence.visible_keys((row + 8) / params_.group) - first_key},
                         lane_);
         }
         softmax_tile(score_, rows_, params_.factor, rescale);
     }
 
-    // Weights rounded to the element type, in the form of a left operand.
-    __device__ __forceinline__ void pack() {
-#pragma unroll
-        for (int k = 0; k < key_tile / 16; ++k) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float* pair = &score_[2 * k + i / 2][2 * (i & 1)];
-                weight_[k][i] = ptx::pack_16bit<config::bfloat16>(pair[0], pair[1]);
-            }
-        }
-    }
-
-    const SplitParams& split_;
+    const ForwardSm90Params& call_;
     const ForwardParams& params_;
-    const int& pieces_;
-    float* const merged_out_;
-    const BlockPlace& place_;
     const RingAddress ring_;
-    const int lane_, number_, warp_, warp_row_;
+    const int lane_, number_, warp_;
     const u32 query_;
     const u32 merged_rows_;
     At at_;
     RowStatistics rows_;
-    float score_[key_tile / 8][4], out_[value_columns / 8][4];
-    u32 weight_[key_tile / 16][4];
+    Products::Scores score_;
+    Products::Out out_;
+    Products::Weights weight_;
 };
+
+// Fills the ring for all works of the block, and says which groups of rows go on in other blocks.
+__device__ __forceinline__ void produce(const ForwardSm90Params& params, const RingAddress& ring, int lane) {
+    KeyCopies::prepare(params);
+    const int group = params.call.forward.group;
+    const Partials& partials = params.call.partials;
+    const bool leader = split && threadIdx.x == 0 && partials.groups;
+    bool told = false;  // about the one group that starts here and ends in a later block
+    At place;
+    u32 landed_parity = 0;
+    for_each_work<block_rows>(params, lane, [&](const Work& work) {
+        const Tiles tiles(work, group, work.first_row + block_rows);
+        KeyCopies copies(params, work.sequence, work.key_head, ring, place, landed_parity, tiles.first);
+        fill_ring<ring_slots>(ring.free, place, tiles.first, tiles.end, copies);
+        copies.finish();
+        const bool goes_on = work.first_chunk == 0 && work.end_chunk < work.chunks;
+        if (leader && (goes_on || (partials.by_group && work.first_chunk == 0))) {
+            store_group(params.call, work, work.slot, block_rows, work.end_chunk, goes_on ? work.chunks : 0);
+            told = true;
+        }
+    });
+    if (config::few) {
+        if (leader && !told && !partials.by_group) store_group(params.call, Work{}, blockIdx.x, block_rows, 0, 0);
+    } else if (leader && !told && blockIdx.x % params.pieces == 0) {
+        store_group(params.call, Work{}, static_cast<int>(blockIdx.x / params.pieces), block_rows, 0, 0);
+    }
+}
 
 extern "C" __global__ void __launch_bounds__(threads, 1)
     forward_sm90(const __grid_constant__ ForwardSm90Params params) {
     SharedMemory& shared = *static_cast<SharedMemory*>(ptx::dynamic_shared());
-    const ForwardParams& forward = params.call.forward;
-    const int lane = threadIdx.x & 31, group = forward.group;
-    const BlockPlace place = block_place<BlockPlace>(params.call, params.pieces, lane);
-    const bool has_work =
-        !config::ragged || (place.has_rows(group) && i64(place.query_length) * group > forward.sequences.few_rows);
-    const int piece = config::split ? static_cast<int>(blockIdx.x % params.pieces) : 0;
-    const Part part(has_work ? tiles_until(place, group, place.first_row + block_rows) : 0, piece, params.pieces);
-    if constexpr (config::split) {
-        if (threadIdx.x == 0 && piece == 0) {
-            const Work work = work_of(place, part, params.pieces);
-            store_group(params.call, work, work.slot, block_rows, part.end_chunk,
-                        has_work && !part.is_whole() ? part.chunks : 0);
-        }
-    }
-    if (!has_work || part.first_chunk >= part.end_chunk) return;
+    const int lane = threadIdx.x & 31;
     const RingAddress ring{ptx::shared_address(shared.ring), ptx::shared_address(shared.filled),
                            ptx::shared_address(shared.free), ptx::shared_address(&shared.landed)};
     if (threadIdx.x == 0) ring.init(ring_slots, KeyCopies::arrivals, consumers * 4);
@@ -378,20 +378,13 @@ extern "C" __global__ void __launch_bounds__(threads, 1)
     // the same for all lanes of a warp, and the compiler must know
     const int number = __shfl_sync(all_lanes, threadIdx.x / warpgroup, 0);
     if (number == 0) {
-        ptx::release_registers<config::producer_registers>();
-        if (threadIdx.x >= KeyCopies::threads) return;
-        KeyCopies copies(params, place, place.head, ring, part.first_tile);
-        fill_ring<ring_slots>(ring.free, part.first_tile, part.end_tile, copies);
-        copies.finish();
-        return;
+        if constexpr (moves_registers) ptx::release_registers<config::producer_registers>();
+        if (threadIdx.x < KeyCopies::threads) produce(params, ring, lane);
+    } else {
+        if constexpr (moves_registers) ptx::claim_registers<config::consumer_registers>();
+        Consumer consumer(params, ring, shared, number - 1);
+        for_each_work<block_rows>(params, lane, [&](const Work& work) { consumer.attend(work); });
     }
-    ptx::claim_registers<config::consumer_registers>();
-    Consumer consumer(params, place, ring, shared, number - 1);
-    consumer.load_queries();
-    consumer.start_turns();
-    const int first_row = place.first_row + (number - 1) * group_rows;
-    const bool has_rows = first_row < place.query_length * group;
-    consumer.attend(part, has_rows ? min(part.end_tile, tiles_until(place, group, first_row + group_rows)) : 0);
 }
 
 }  // namespace cuattn

@@ -41,6 +41,7 @@ __all__ = [
     "attention_configs",
     "backward_configs",
     "capability",
+    "columns",
     "few_rows",
     "helper_configs",
     "many_rows",
@@ -61,14 +62,22 @@ def many_rows(
         return ForwardSm90Config(head_dim, value_dim, mask, dtype, arch, ragged, paged)
     if _is_tiled(head_dim, value_dim, dtype):
         return ForwardConfig(head_dim, mask, dtype, arch, ragged, paged)
-    return few_rows(head_dim, value_dim, mask, dtype, arch, paged, split=False)
+    return columns(head_dim, value_dim, mask, dtype, arch, paged, split=False)
 
 
 @functools.cache
 def few_rows(
-    head_dim: int, value_dim: int, mask: str, dtype: str, arch: str, paged: bool, split: bool = True
-) -> ColumnsConfig:
+    head_dim: int, value_dim: int, mask: str, dtype: str, arch: str, paged: bool
+) -> ForwardSm90Config | ColumnsConfig:
     """The kernel for decode."""
+    if arch == hopper.ARCH and dtype in hopper.DTYPES and max(head_dim, value_dim) <= hopper.LARGEST_OF_FEW_ROWS:
+        return ForwardSm90Config(head_dim, value_dim, mask, dtype, arch, ragged=True, paged=paged, split=True, few=True)
+    return columns(head_dim, value_dim, mask, dtype, arch, paged, split=True)
+
+
+@functools.cache
+def columns(head_dim: int, value_dim: int, mask: str, dtype: str, arch: str, paged: bool, split: bool) -> ColumnsConfig:
+    """The kernel for everything that no other one serves, and for partial results."""
     return ColumnsConfig(head_dim, value_dim, mask, dtype, arch, split, paged)
 
 
@@ -82,7 +91,8 @@ def attention_configs(
     many = [many_rows(*shape, ragged, paged) for ragged, paged in lengths]
     shared = [replace(kernel, split=True) for kernel in many if isinstance(kernel, ForwardSm90Config) and kernel.ragged]
     few = [few_rows(*shape, paged) for paged in (False, True)]
-    return [*dict.fromkeys([*many, *shared, *few]), CombineConfig(value_dim, dtype, arch)]
+    partial = columns(*shape, paged=False, split=True)
+    return [*dict.fromkeys([*many, *shared, *few, partial]), CombineConfig(value_dim, dtype, arch)]
 
 
 def backward_configs(

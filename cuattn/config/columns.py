@@ -48,6 +48,7 @@ class ColumnsConfig(KernelConfig):
             "float32": self.dtype == "float32",
             "bfloat16": self.dtype == "bfloat16",
             "split": self.split,
+            "ragged": True,
             "paged": self.paged,
             "place_tiles": self._place_tiles(self.slot_keys),
             "key_tile": self.key_tile,

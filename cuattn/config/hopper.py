@@ -13,6 +13,8 @@ DTYPES = ("float16", "bfloat16")
 VALUE_COLUMNS = (64, 96, 128, 192, 256)
 #: A register file in units of one register of each of a warpgroup's 128 threads.
 REGISTERS = 512
+#: Larger head dims leave no registers to spare for finding out which rows come next.
+LARGEST_OF_FEW_ROWS = 192
 #: More slots than this do not hide more latency.
 MOST_SLOTS = 8
 
@@ -21,8 +23,8 @@ MOST_SLOTS = 8
 class ForwardSm90Config(KernelConfig):
     """Attention of many rows through wgmma: each consumer warpgroup has 64 packed rows of a key head.
 
-    Where keys lie a fixed distance apart the copy engine fetches them, else (paged) threads do. With ``split`` several
-    blocks share the chunks of the same rows; then it is ragged as well.
+    Where keys lie a fixed distance apart the copy engine fetches them, else (paged) threads do. With ``split`` (and then
+    ragged) blocks share the chunks of rows; with ``few`` as well, a block has any range of the chunks of any rows.
     """
 
     kernel = "forward_sm90"
@@ -36,11 +38,15 @@ class ForwardSm90Config(KernelConfig):
     ragged: bool = False
     paged: bool = False
     split: bool = False
+    few: bool = False
+
+    blocks_per_multiprocessor = 1
 
     @functools.cached_property
     def name(self) -> str:
         dims = f"d{self.head_dim}" + (f"_{self.value_dim}" if self.value_dim != self.head_dim else "")
-        kind = "_split" * self.split + ("_paged" if self.paged else "_ragged" if self.ragged else "")
+        shared = "_few" if self.few else "_split" if self.split else ""
+        kind = shared + ("_paged" if self.paged else "_ragged" if self.ragged else "")
         return f"{self.kernel}_{dims}_{self.mask}{kind}_{self.dtype}_{self.arch}"
 
     @property
@@ -56,6 +62,7 @@ class ForwardSm90Config(KernelConfig):
             "ragged": self.ragged,
             "paged": self.paged,
             "split": self.split,
+            "few": self.few,
             "key_tile": self.key_tile,
             "consumers": self.consumers,
             "ring_slots": self.ring_slots,
@@ -132,6 +139,8 @@ class ForwardSm90Config(KernelConfig):
 
     def _candidates(self) -> Iterator[tuple[int, bool]]:
         """Best first."""
+        if self.few:
+            yield 1, True
         if max(self.head_dim, self.value_dim) <= 64:
             yield 3, True
         yield 2, True

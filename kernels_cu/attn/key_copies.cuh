@@ -20,9 +20,17 @@ class BoxCopies {
     static constexpr int threads = 32, arrivals = 1;
 
     __device__ __forceinline__ BoxCopies(const ForwardSm90Params& params, const KeySequence& sequence, int key_head,
-                                         const RingAddress& ring, int)
-        : params_(params), sequence_(sequence), key_head_(key_head), ring_(ring), lane_(threadIdx.x & 31) {
-        if (lane_ == 0) {
+                                         const RingAddress& ring, const RingPlace<slots>&, u32& landed_parity, int)
+        : params_(params),
+          sequence_(sequence),
+          key_head_(key_head),
+          ring_(ring),
+          landed_parity_(landed_parity),
+          lane_(threadIdx.x & 31) {}
+
+    // What copies will need soon.
+    __device__ __forceinline__ static void prepare(const ForwardSm90Params& params) {
+        if (threadIdx.x == 0) {
             ptx::tma_prefetch(params.key_map);
             ptx::tma_prefetch(params.value_map);
         }
@@ -34,7 +42,8 @@ class BoxCopies {
         if (ragged && values && valid < tile_rows) {
             // What lies behind the sequence's last value may be anything, and a weight of +0 does not make it nothing.
             copy(ring_.landed, to, true, tile);
-            ptx::mbarrier_wait(ring_.landed, 0);
+            ptx::mbarrier_wait(ring_.landed, landed_parity_);
+            landed_parity_ ^= 1;
             clear_rows(to, valid);
             ptx::fence_async_proxy();
             __syncwarp();
@@ -79,6 +88,7 @@ class BoxCopies {
     const KeySequence& sequence_;
     const int key_head_;
     const RingAddress ring_;
+    u32& landed_parity_;
     const int lane_;
 };
 
@@ -89,16 +99,19 @@ class RowCopies {
   public:
     static constexpr int threads = 128, arrivals = threads;
 
-    // The first tile is number first_tile.
+    // The first tile is number first_tile, and its place `first`.
     __device__ __forceinline__ RowCopies(const ForwardSm90Params& params, const KeySequence& sequence, int key_head,
-                                         const RingAddress& ring, int first_tile)
+                                         const RingAddress& ring, const RingPlace<slots>& first, u32&, int first_tile)
         : params_(params.call.forward),
           sequence_(sequence),
           ring_(ring),
           lane_(threadIdx.x & 31),
           first_row_(threadIdx.x / 32 * warp_rows),
           key_head_(key_head),
-          next_page_(page_of_tile(first_tile)) {}
+          next_page_(page_of_tile(first_tile)),
+          announced_(first) {}
+
+    __device__ __forceinline__ static void prepare(const ForwardSm90Params&) {}
 
     // Keys of tile j come before values of tile j - 1.
     __device__ __forceinline__ void operator()(const RingPlace<slots>& place, bool values, int tile) {

@@ -36,10 +36,9 @@ struct RingPlace {
 };
 
 // Calls copy(place, values, tile) for the keys (values false) and values of tiles [first, end), each as soon as its slot is
-// free.
+// free. The first one's place is `place`, which becomes that of the step behind the last one.
 template <int slots, class Copy>
-__device__ __forceinline__ void fill_ring(u32 free, int first, int end, Copy& copy) {
-    RingPlace<slots> place;
+__device__ __forceinline__ void fill_ring(u32 free, RingPlace<slots>& place, int first, int end, Copy& copy) {
     const auto step = [&](bool values, int tile) {
         ptx::mbarrier_wait(free + place.slot * ptx::mbarrier_bytes, place.parity ^ 1);
         __syncwarp();  // all lanes have seen it, before one of them may begin the slot's next turn

@@ -9,7 +9,7 @@
 
 namespace cuattn {
 
-using KeySequence = Sequence<config::causal, true, config::paged>;
+using KeySequence = Sequence<config::causal, config::ragged, config::paged>;
 
 // Chunks [first_chunk, end_chunk) of a group's `chunks`.
 struct Work {

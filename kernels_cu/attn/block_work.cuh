@@ -1,0 +1,71 @@
+// What a block of forward_sm90 computes. For few rows any range of the chunks of any rows (work.cuh); for many rows one tile
+// of rows, with all of their chunks or, where several blocks share a tile, a piece of them.
+#pragma once
+
+#include <attn/params.cuh>
+#include <attn/place.cuh>
+#include <attn/work.cuh>
+#include <common/types.cuh>
+
+namespace cuattn {
+
+// Which tiles of keys a block passes over for its rows before packed row `end_row`.
+struct Tiles {
+    int first, end;
+
+    __device__ __forceinline__ Tiles(const Work& work, int group, int end_row)
+        : first(config::chunk_start(work.first_chunk) / config::key_tile), end(max(first, seen(work, group, end_row))) {
+        if (config::split) end = max(first, min(end, config::chunk_start(work.end_chunk) / config::key_tile));
+    }
+
+    // Those of which the rows see something.
+    __device__ __forceinline__ static int seen(const Work& work, int group, int end_row) {
+        const int last = min(end_row, work.sequence.query_length * group) - 1;
+        return (work.sequence.visible_keys(last / group) + config::key_tile - 1) / config::key_tile;
+    }
+};
+
+// A block's tile of tile_rows rows, or its piece; false if there are no such rows, or no chunks in it.
+template <int tile_rows>
+__device__ __forceinline__ bool tile_work(const ForwardParams& params, int pieces, int lane, Work& work) {
+    const int group = params.group;
+    const u32 tile = config::split ? blockIdx.x / pieces : blockIdx.x;
+    const Place<tile_rows, config::causal, config::ragged, config::paged> place(params, params.query_heads / group,
+                                                                                group, lane, tile);
+    work.sequence = place;
+    work.key_head = place.head;
+    work.first_row = place.first_row;
+    work.slot = static_cast<int>(tile);
+    work.first_chunk = 0;
+    work.chunks = work.end_chunk = max(1, config::chunk_count(place.key_length));
+    if (config::ragged && (!place.has_rows(group) || i64(place.query_length) * group <= params.sequences.few_rows)) {
+        return false;
+    }
+    if constexpr (config::split) {
+        // Pieces of equal numbers of tiles: each has the chunks that start in it, and the first one has the first chunk.
+        const int tiles = Tiles::seen(work, group, place.first_row + tile_rows);
+        const int piece = static_cast<int>(blockIdx.x % pieces);
+        const auto start = [&](int number) {
+            return max(1, config::chunk_count(static_cast<int>(i64(tiles) * number / pieces) * config::key_tile));
+        };
+        work.chunks = max(1, config::chunk_count(tiles * config::key_tile));
+        work.first_chunk = piece == 0 ? 0 : start(piece);
+        work.end_chunk = piece + 1 == pieces ? work.chunks : start(piece + 1);
+        return work.first_chunk < work.end_chunk;
+    }
+    return true;
+}
+
+// Calls attend(work) for all that this block computes.
+template <int tile_rows, class Attend>
+__device__ __forceinline__ void for_each_work(const ForwardSm90Params& params, int lane, const Attend& attend) {
+    Work work;
+    if constexpr (config::few) {
+        Ranges<tile_rows> ranges(params.call, lane);
+        while (ranges.next(work)) attend(work);
+    } else {
+        if (tile_work<tile_rows>(params.call.forward, params.pieces, lane, work)) attend(work);
+    }
+}
+
+}  // namespace cuattn
