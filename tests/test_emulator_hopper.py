@@ -143,8 +143,8 @@ BUGS = {
     "nobody says that a stage is free": Bug(
         EMPTY_ARRIVAL,
         "if (threadIdx.x < 0) ptx::mbarrier_arrive(",
-        r"deadlock: .*the mbarrier at 0x[0-9a-f]+ in phase 0 misses 2 of 2 arrivals and 0 bytes; 1 of its threads wait, "
-        "one of them thread 256, for the first time",
+        r"deadlock: .*the mbarrier at 0x[0-9a-f]+ in phase 0 misses 2 of 2 arrivals and 0 bytes; 1 of its threads "
+        "wait, one of them thread 256, for the first time",
     ),
     "one warpgroup does not say that a stage is free": Bug(
         EMPTY_ARRIVAL, EMPTY_ARRIVAL.replace("threadIdx.x %", "threadIdx.x + 0 *"), "misses 1 of 2 arrivals"
