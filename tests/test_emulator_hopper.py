@@ -143,8 +143,8 @@ BUGS = {
     "nobody says that a stage is free": Bug(
         EMPTY_ARRIVAL,
         "if (threadIdx.x < 0) ptx::mbarrier_arrive(",
-        r"deadlock: .*the mbarrier at 0x[0-9a-f]+ in phase 0 misses 2 of 2 arrivals and 0 bytes, 1 threads? waits?, "
-        "one of them thread 256",
+        r"deadlock: .*the mbarrier at 0x[0-9a-f]+ in phase 0 misses 2 of 2 arrivals and 0 bytes; 1 of its threads "
+        "wait, one of them thread 256, for the first time",
     ),
     "one warpgroup does not say that a stage is free": Bug(
         EMPTY_ARRIVAL, EMPTY_ARRIVAL.replace("threadIdx.x %", "threadIdx.x + 0 *"), "misses 1 of 2 arrivals"
@@ -153,7 +153,7 @@ BUGS = {
         EMPTY_ARRIVAL, "ptx::mbarrier_arrive(", "while it waited for phase 0 began the mbarrier .* in phase [0-9]+"
     ),
     "more bytes are expected than come": Bug(
-        EXPECT, f"{EXPECT} + 128", r"deadlock: .* misses 0 of 1 arrivals and 128 bytes, 256 threads wait"
+        EXPECT, f"{EXPECT} + 128", r"deadlock: .* misses 0 of 1 arrivals and 128 bytes; 256 of its threads wait"
     ),
     "fewer bytes are expected than come": Bug(
         EXPECT,
@@ -335,6 +335,14 @@ BUGS = {
     "some lanes do not say that they read": Bug(
         "            ptx::mbarrier_arrive(read);\n",
         "            if (lane < 16) ptx::mbarrier_arrive(read), ptx::mbarrier_arrive(read);\n",
+        "shared store .* race with a read by thread",
+        "turns",
+    ),
+    "a lane that speaks for others": Bug(
+        "            ptx::mbarrier_arrive(read);\n",
+        "            if (lane == 0) {\n"
+        "                for (int i = 0; i < 32; ++i) ptx::mbarrier_arrive(read);\n"
+        "            }\n",
         "shared store .* race with a read by thread",
         "turns",
     ),

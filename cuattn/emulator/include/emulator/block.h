@@ -110,6 +110,7 @@ void warp_collective(const char* what, unsigned mask, const void* argument, Work
 
 inline void synchronize_threads(int first, int count) {
     std::vector<Moment*> threads;
+    threads.reserve(count);
     for (int i = first; i < first + count; ++i) threads.push_back(&block->thread[i].now);
     synchronize(threads);
 }

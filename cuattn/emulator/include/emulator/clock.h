@@ -61,8 +61,10 @@ struct Moment {
 class Gathering {
   public:
     void add(Moment& thread) {
-        if (thread.known != last_) clock_.join(*thread.known);
-        last_ = thread.known;
+        if (thread.known != last_) {
+            clock_.join(*thread.known);
+            last_ = thread.known;
+        }
         thread.publish(clock_);
     }
     void add_epoch(int actor, uint32_t epoch) { Clock::raise(clock_.epochs, actor, epoch); }

@@ -68,8 +68,8 @@ inline std::string deadlock() {
 inline std::string end_error() {
     std::string error = register_error();
     for (const auto& [address, barrier] : block->mbarriers) {
-        if (barrier.loaded_in > barrier.waited_for)
-            error = "nobody has waited for a copy that counts at " + describe(barrier);
+        const auto last = std::max_element(barrier.waited_for.begin(), barrier.waited_for.end());
+        if (barrier.loaded_in > *last) error = "nobody has waited for a copy that counts at " + describe(barrier);
     }
     if (!block->boxes.empty()) error = "copies are under way";
     return error.empty() ? error : "block " + std::to_string(block->index) + " ends: " + error;

@@ -29,6 +29,7 @@ inline void init_mbarrier(uint32_t address, int arrivals) {
     barrier.address = address;
     barrier.actor = block->shared.mbarrier(static_cast<int>(block->mbarriers.size()));
     barrier.arrivals = barrier.missing = arrivals;
+    barrier.waited_for.assign(block->threads, -1);
     barrier.initialiser = current().now.actor, barrier.initialised = current().now.epoch;
     block->mbarriers.emplace(address, barrier);
 }
@@ -90,17 +91,20 @@ inline void wait_for_phase(uint32_t address, uint32_t parity) {
             fail("mbarrier_wait: while it waited for phase " + std::to_string(phase) + " began " + describe(barrier));
         }
     }
-    barrier.waited_for = std::max(barrier.waited_for, static_cast<int64_t>(barrier.phase) - 1);
+    barrier.waited_for[block->running] = static_cast<int64_t>(barrier.phase) - 1;
     barrier.ended.teach(current().now);
 }
 
-// For the report of a deadlock.
+// For the report of a deadlock. A thread that others leave behind waits for a parity that has come back.
 inline std::string waiting_at(const Mbarrier& barrier) {
     if (barrier.waiting.empty()) return {};
+    const int thread = barrier.waiting.front();
+    const int64_t last = barrier.waited_for[thread];
     return describe(barrier) + " misses " + std::to_string(barrier.missing) + " of " +
-           std::to_string(barrier.arrivals) + " arrivals and " + std::to_string(barrier.bytes) + " bytes, " +
-           std::to_string(barrier.waiting.size()) + " threads wait, one of them thread " +
-           std::to_string(barrier.waiting.front()) + "; ";
+           std::to_string(barrier.arrivals) + " arrivals and " + std::to_string(barrier.bytes) + " bytes; " +
+           std::to_string(barrier.waiting.size()) + " of its threads wait, one of them thread " +
+           std::to_string(thread) +
+           (last < 0 ? ", for the first time; " : ", last for phase " + std::to_string(last) + "; ");
 }
 
 }  // namespace emulator

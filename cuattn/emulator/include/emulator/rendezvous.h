@@ -34,13 +34,13 @@ struct Mbarrier {
     uint32_t address;
     int actor;  // of its copies, as in clock.h
     int arrivals, missing;
-    int64_t bytes = 0;        // expected and not yet there
-    uint64_t phase = 0;       // that is under way
-    int initialiser;          // a thread, in its
-    uint32_t initialised;     // epoch of that number
-    bool fenced = false;      // known to the copy engine
-    int64_t loaded_in = -1;   // the last phase that counted bytes, and
-    int64_t waited_for = -1;  // the last that somebody has waited for
+    int64_t bytes = 0;                // expected and not yet there
+    uint64_t phase = 0;               // that is under way
+    int initialiser;                  // a thread, in its
+    uint32_t initialised;             // epoch of that number
+    bool fenced = false;              // known to the copy engine
+    int64_t loaded_in = -1;           // the last phase that counted bytes
+    std::vector<int64_t> waited_for;  // the last phase that each thread has waited for, or -1
     Gathering arrived;
     Lesson ended;              // for those who wait for the last phase that has ended
     std::vector<int> waiting;  // threads
