@@ -13,7 +13,7 @@ from stand_ins import moving_chunks, with_keywords
 import cuattn
 from cuattn import env
 from cuattn.cli import check, libraries, machine, main
-from cuattn.cli.report import counted
+from cuattn.reporting import counted
 from cuattn.config import ForwardConfig
 from cuattn.errors import CompileError, MissingDependencyError
 from cuattn.jit import Precompiled

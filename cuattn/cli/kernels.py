@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 from cuattn import env
-from cuattn.cli.report import Table, counted, make_reporter
+from cuattn.reporting import Table, counted, make_reporter
 from cuattn.config import ARCHITECTURES, DTYPES, HEAD_DIMS, MASKS
 
 

@@ -31,6 +31,7 @@ from cuattn.testing.gradient_accuracy import GradientAccuracy, assert_gradients_
 from cuattn.testing.gradient_controls import non_invariant_gradients
 from cuattn.testing.gradients import GradientSubject
 from cuattn.testing.inputs import FAMILIES, Case, Inputs, make_inputs
+from cuattn.testing.limits import LIMITS, Limits
 from cuattn.testing.seen import Call
 from cuattn.testing.subject import Subject
 from cuattn.testing.sweep import (
@@ -49,6 +50,7 @@ __all__ = [
     "FAMILIES",
     "GRADIENT_CHECKS",
     "HEAD_DIMS",
+    "LIMITS",
     "SIZES",
     "WORKLOAD",
     "Accuracy",
@@ -61,6 +63,7 @@ __all__ = [
     "GradientSubject",
     "Inputs",
     "Library",
+    "Limits",
     "NumpyLibrary",
     "Subject",
     "TorchLibrary",
