@@ -13,10 +13,10 @@ from stand_ins import moving_chunks, with_keywords
 import cuattn
 from cuattn import env
 from cuattn.cli import check, libraries, machine, main
-from cuattn.reporting import counted
 from cuattn.config import ForwardConfig
 from cuattn.errors import CompileError, MissingDependencyError
 from cuattn.jit import Precompiled
+from cuattn.reporting import counted
 from cuattn.testing import CHECKS, GRADIENT_CHECKS, Case, CupyLibrary, NumpyLibrary, TorchLibrary
 
 SWEEP_CASES = [Case(17, 80, batch=2, heads=4, kv_heads=2)]

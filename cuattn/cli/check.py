@@ -16,10 +16,10 @@ from cuattn.api import attention as dense_attention
 from cuattn.api import attention_varlen
 from cuattn.cache import attention_kvcache
 from cuattn.cli import libraries, machine
-from cuattn.reporting import Reporter, Table, counted, make_reporter
 from cuattn.config import ARCHITECTURES, DTYPES
 from cuattn.gradients import attention_backward, attention_varlen_backward
 from cuattn.partials import attention_partials, chunk_starts, combine
+from cuattn.reporting import Reporter, Table, counted, make_reporter
 from cuattn.testing import (
     GRADIENT_CHECKS,
     Accuracy,

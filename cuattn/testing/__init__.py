@@ -31,7 +31,9 @@ from cuattn.testing.gradient_accuracy import GradientAccuracy, assert_gradients_
 from cuattn.testing.gradient_controls import non_invariant_gradients
 from cuattn.testing.gradients import GradientSubject
 from cuattn.testing.inputs import FAMILIES, Case, Inputs, make_inputs
+from cuattn.testing.judgments import Cases, judge
 from cuattn.testing.limits import LIMITS, Limits
+from cuattn.testing.report import FORWARD, JUDGMENTS, Report, Row, Verdict
 from cuattn.testing.seen import Call
 from cuattn.testing.subject import Subject
 from cuattn.testing.sweep import (
@@ -48,8 +50,10 @@ from cuattn.testing.sweep import (
 __all__ = [
     "CHECKS",
     "FAMILIES",
+    "FORWARD",
     "GRADIENT_CHECKS",
     "HEAD_DIMS",
+    "JUDGMENTS",
     "LIMITS",
     "SIZES",
     "WORKLOAD",
@@ -57,6 +61,7 @@ __all__ = [
     "BitwiseMismatch",
     "Call",
     "Case",
+    "Cases",
     "Check",
     "CupyLibrary",
     "GradientAccuracy",
@@ -65,10 +70,13 @@ __all__ = [
     "Library",
     "Limits",
     "NumpyLibrary",
+    "Report",
+    "Row",
     "Subject",
     "TorchLibrary",
     "Trial",
     "TrialResult",
+    "Verdict",
     "accuracy_cases",
     "assert_accurate",
     "assert_bitwise_equal",
@@ -77,6 +85,7 @@ __all__ = [
     "assert_invariant",
     "gradient_accuracy_cases",
     "invariance_sweep",
+    "judge",
     "make_inputs",
     "measure_accuracy",
     "measure_gradient_accuracy",
