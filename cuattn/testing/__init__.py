@@ -27,6 +27,7 @@ from cuattn.testing.bitwise import BitwiseMismatch, assert_bitwise_equal
 from cuattn.testing.cases import HEAD_DIMS, SIZES, WORKLOAD, accuracy_cases, gradient_accuracy_cases, standard_cases
 from cuattn.testing.checks import CHECKS, GRADIENT_CHECKS, Check
 from cuattn.testing.controls import non_invariant
+from cuattn.testing.conventions import from_flash, from_sdpa, with_autograd
 from cuattn.testing.gradient_accuracy import GradientAccuracy, assert_gradients_accurate, measure_gradient_accuracy
 from cuattn.testing.gradient_controls import non_invariant_gradients
 from cuattn.testing.gradients import GradientSubject
@@ -83,6 +84,8 @@ __all__ = [
     "assert_gradient_batch_invariant",
     "assert_gradients_accurate",
     "assert_invariant",
+    "from_flash",
+    "from_sdpa",
     "gradient_accuracy_cases",
     "invariance_sweep",
     "judge",
@@ -96,6 +99,7 @@ __all__ = [
     "run_gradient_sweep",
     "run_sweep",
     "standard_cases",
+    "with_autograd",
     "with_cache",
     "with_packed",
     "with_packed_gradients",
