@@ -13,6 +13,7 @@ from cuattn.api import attention as dense_attention
 from cuattn.api import attention_varlen
 from cuattn.cache import attention_kvcache
 from cuattn.cli import libraries, machine
+from cuattn.cli.arguments import output_file, output_file_or_standard
 from cuattn.cli.operations import AUTOGRAD, CONVENTIONS, load_attention, load_gradients
 from cuattn.config import ARCHITECTURES, DTYPES
 from cuattn.gradients import attention_backward, attention_varlen_backward
@@ -52,9 +53,12 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--quick", action="store_true", help="fewer and smaller cases")
     parser.add_argument("--forward-only", action="store_true", help="do not ask for gradients")
     parser.add_argument(
-        "--json", metavar="FILE", type=_json_file, help="also write all results as JSON; - for standard output"
+        "--json",
+        metavar="FILE",
+        type=output_file_or_standard,
+        help="also write all results as JSON; - for standard output",
     )
-    parser.add_argument("--junit", metavar="FILE", type=_file, help="also write all results as JUnit XML")
+    parser.add_argument("--junit", metavar="FILE", type=output_file, help="also write all results as JUnit XML")
     others = parser.add_argument_group("another operation")
     others.add_argument("--op", metavar="MODULE:FUNCTION", help="what to examine; see docs/testing.md")
     others.add_argument(
@@ -66,16 +70,6 @@ def add_commands(commands: Any) -> None:
     others.add_argument("--convention", choices=CONVENTIONS, help=f"how it is called, default: cuattn. {forms}")
     others.add_argument("--device", help="cpu, cuda or cuda:INDEX; default: a GPU if the library finds one")
     parser.set_defaults(run=run, usage_error=parser.error)
-
-
-def _file(path: str) -> str:
-    if Path(path).is_dir() or not Path(path).parent.is_dir():
-        raise argparse.ArgumentTypeError(f"got {path!r}, expected a file in an existing folder")
-    return path
-
-
-def _json_file(path: str) -> str:
-    return path if path == "-" else _file(path)
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ from cuattn.testing.sweep import (
     run_gradient_sweep,
     run_sweep,
 )
+from cuattn.testing.workload import run_workload, sha256, workload_inputs
 
 __all__ = [
     "CHECKS",
@@ -98,10 +99,13 @@ __all__ = [
     "poisoned_empty_like",
     "run_gradient_sweep",
     "run_sweep",
+    "run_workload",
+    "sha256",
     "standard_cases",
     "with_autograd",
     "with_cache",
     "with_packed",
     "with_packed_gradients",
     "with_shards",
+    "workload_inputs",
 ]
