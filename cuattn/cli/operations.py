@@ -80,7 +80,11 @@ def _expect(
             return
         raise ValueError(f"{option}: got {name!r}, whose arguments Python cannot read, expected {expected}") from None
     positional, keywords = _CALLS[form]
+    message = f"{option}: got {name!r} with {signature}, expected {expected}"
     try:
-        signature.bind(*range(positional), **dict.fromkeys(keywords))
+        bound = signature.bind(*range(positional), **dict.fromkeys(keywords)).arguments
     except TypeError:
-        raise ValueError(f"{option}: got {name!r} with {signature}, expected {expected}") from None
+        raise ValueError(message) from None
+    last = [parameter for parameter, place in bound.items() if place == positional - 1]
+    if form in ("cuattn", "backward") and last not in ([], ["mask"]):  # a flag would take "full" for true
+        raise ValueError(message)
