@@ -37,7 +37,10 @@ def run(arguments: argparse.Namespace) -> int:
     dtype = arguments.dtype
     arrays = workload_inputs(dtype)
     if arguments.results:
-        library = libraries.choose(backends.active().name)
+        try:
+            library = libraries.choose(backends.active().name)
+        except ValueError as error:
+            arguments.usage_error(str(error))
         if dtype not in library.dtypes():
             arguments.usage_error(f"--dtype: got {dtype}, which {library.name} cannot hold: pip install ml_dtypes")
         arrays |= run_workload(arrays, dtype, library, attention_varlen, attention_varlen_backward)
