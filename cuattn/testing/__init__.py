@@ -2,6 +2,11 @@
 
     from cuattn import testing
 
+    report = testing.judge(my_attention, my_backward)
+    assert report.ok, report
+
+gives four judgments: accuracy and invariance of results and of gradients (docs/testing.md). One thing at a time:
+
     testing.assert_invariant(my_attention, testing.standard_cases("small"))
     for case in testing.accuracy_cases("small"):
         testing.assert_accurate(my_attention, case)
