@@ -37,7 +37,8 @@ from timing import Call, Times
 
 import cuattn
 from cuattn import config as configs
-from cuattn.testing.gradient_accuracy import GRADIENT_ERROR_RATIO, GradientError
+from cuattn.testing import LIMITS
+from cuattn.testing.gradient_accuracy import GradientError
 
 COLUMNS = (
     *("figure", "pass", "dtype", "mask", "head_dim", "value_dim", "length", "batch", "heads", "provider"),
@@ -126,7 +127,7 @@ def why_inaccurate(gradient: Any, gold: Any, references: Sequence[Any]) -> str |
     actual, expected, *others = (x.double().cpu().numpy() for x in (gradient, gold, *references))
     errors = [GradientError.of(actual, expected, other, dtype, terms=gold.shape[2]) for other in others]
     ratio = min(error.ratio for error in errors)
-    if not ratio <= GRADIENT_ERROR_RATIO:
+    if not ratio <= LIMITS[dtype].gradient_ratio:
         return f"relative L2 error {errors[0].error:.3g}, {ratio:.3g} times that of the peers"
     element = min(error.worst_element for error in errors)
     return None if element <= 1 else f"an element's error is {element:.3g} times what is allowed"

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from cuattn.testing.accuracy import ERROR_RATIO, FP32_ERROR_RATIO
+from cuattn.testing import LIMITS
 
 #: Name -> member of torch.nn.attention.SDPBackend.
 SDPA = {
@@ -28,10 +28,6 @@ GRADIENTS = {
     "bfloat16": ("flash", DETERMINISTIC, "cudnn"),
     "float32": ("efficient",),
 }
-#: One unit in the last place of numbers from 1 to 2.
-_UNIT = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23}
-#: Relative L2 error of rounding normal numbers to the dtype: no output can be asked to be better.
-ROUNDING = {dtype: 0.21 * unit for dtype, unit in _UNIT.items()}
 #: Scores that the answers below hold at a time, in elements.
 _SCORES = 1 << 27
 
@@ -210,13 +206,13 @@ def largest_error(out: Any, gold: Any) -> float:
 def why_inaccurate(out: Any, gold: Any, references: dict[str, Any], dtype: str) -> str | None:
     """None if ``out`` is about as accurate as the worst of the ``references``, by the rules of cuattn.testing."""
     worst = max(relative_error(reference, gold) for reference in references.values())
-    ratio = FP32_ERROR_RATIO if dtype == "float32" else ERROR_RATIO
-    error, allowed = relative_error(out, gold), ratio * max(worst, ROUNDING[dtype])
+    limits = LIMITS[dtype]
+    error, allowed = relative_error(out, gold), limits.ratio * max(worst, limits.floor)
     if not error <= allowed:
         return f"relative L2 error {error:.3g}, allowed {allowed:.3g}"
-    unit = _UNIT[dtype] * float(gold.abs().max())
+    unit = limits.epsilon * float(gold.abs().max())
     element = largest_error(out, gold)
-    allowed = 2 * max(largest_error(reference, gold) for reference in references.values()) + unit
+    allowed = limits.element * max(largest_error(reference, gold) for reference in references.values()) + unit
     return None if element <= allowed else f"an element is off by {element:.3g}, allowed {allowed:.3g}"
 
 

@@ -39,6 +39,15 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     return importlib.import_module
 
 
+@pytest.fixture
+def cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answers of commands on a machine without a GPU and without a chosen backend, on any machine."""
+    for module in ("libraries", "machine"):
+        monkeypatch.setattr(f"cuattn.cli.{module}.device_count", lambda: 0)
+    monkeypatch.setattr("cuattn.cli.libraries._torch_has_gpu", lambda: False)
+    monkeypatch.delenv(env.BACKEND, raising=False)
+
+
 def why_no_gpu() -> str | None:
     """None where CuPy can use a CUDA device, else the reason."""
     try:

@@ -9,22 +9,23 @@ import numpy as np
 import pytest
 from backends import REFERENCE, SM_80
 from packed import Both, assert_both_equal, bits_of
-from problems import normal
 from surface import Prompt, fed
 
 import cuattn
+from cuattn import testing
 from cuattn.testing import BitwiseMismatch, TorchLibrary
 from cuattn.testing.arrays import int32_array
 
 LENGTHS = (11, 16, 13, 19)
 ORDERS = ((0, 1, 2, 3), (2, 0, 3, 1))
 CHUNK, PADDED_LENGTH = 7, 20
-HEADS, KV_HEADS, HEAD_DIM, DTYPE = 32, 8, 128, "bfloat16"
+HEAD_DIM, DTYPE = 128, "bfloat16"
 TORCH = TorchLibrary()
+INPUTS = testing.workload_inputs()
 #: Bits of each prompt's q (32, tokens, 128), k and v (8, tokens, 128).
 PROMPTS: list[Prompt] = [
-    tuple(normal((heads, n, HEAD_DIM), DTYPE, 3 * s + i) for i, heads in enumerate((HEADS, KV_HEADS, KV_HEADS)))
-    for s, n in enumerate(LENGTHS)
+    tuple(INPUTS[name][first:last].swapaxes(0, 1) for name in "qkv")
+    for first, last in pairwise(accumulate(LENGTHS, initial=0))
 ]
 Way = Callable[[list[Prompt]], list[Both]]
 

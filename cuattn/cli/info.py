@@ -7,7 +7,7 @@ from cuattn import backend as backends
 from cuattn import env
 from cuattn.cli import machine
 from cuattn.cli.kernels import kibibytes
-from cuattn.cli.report import Table, counted, make_reporter
+from cuattn.reporting import Table, counted, make_reporter
 
 
 def add_commands(commands: Any) -> None:

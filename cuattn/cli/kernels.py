@@ -5,8 +5,8 @@ import time
 from typing import Any
 
 from cuattn import env
-from cuattn.cli.report import Table, counted, make_reporter
 from cuattn.config import ARCHITECTURES, DTYPES, HEAD_DIMS, MASKS
+from cuattn.reporting import Table, counted, make_reporter
 
 
 def add_commands(commands: Any) -> None:

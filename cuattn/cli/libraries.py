@@ -1,6 +1,6 @@
 """Which array library and device a check runs on."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from cuattn.devices import device_count
 from cuattn.testing import CupyLibrary, Library, NumpyLibrary, TorchLibrary
@@ -35,6 +35,28 @@ def _usable(name: str | None) -> Iterator[Library]:
     if has_torch:
         on_cpu.append(TorchLibrary())
     yield from sorted(on_cpu, key=lambda library: -len(library.dtypes()))
+
+
+def on_device(name: str | None, device: str | None) -> Library:
+    """A library for an operation that is not cuattn's: one of NAMES (default: what is installed of torch and NumPy), on
+    "cpu", "cuda" or "cuda:1" (default: a GPU if the library finds one).
+
+    Raises ValueError if there is none.
+    """
+    name = name or ("torch" if installed("torch") else "numpy")
+    kind, colon, index = (device or "").partition(":")
+    if kind not in ("", "cpu", "cuda") or (colon and not (kind == "cuda" and index.isdecimal())):
+        raise ValueError(f"--device: got {device}, expected cpu, cuda or cuda:INDEX")
+    if not installed(name):
+        raise ValueError(f"--library: got {name}, which is not installed")
+    found = _torch_has_gpu() if name == "torch" else name == "cupy" and device_count() > 0
+    if kind == "cuda" and not found:
+        raise ValueError(f"--device: got {device}, where {name} finds no GPU")
+    if name == "cupy" and (kind == "cpu" or not found):
+        raise ValueError(f"--library: got cupy for {device or 'cpu'}, expected it with a GPU")
+    place = f"cuda:{index or 0}" if found and kind != "cpu" else "cpu"
+    makers: dict[str, Callable[..., Library]] = {"numpy": NumpyLibrary, "torch": TorchLibrary, "cupy": CupyLibrary}
+    return makers[name](device=place)
 
 
 def _torch_has_gpu() -> bool:

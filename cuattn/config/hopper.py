@@ -23,8 +23,8 @@ MOST_SLOTS = 8
 class ForwardSm90Config(KernelConfig):
     """Attention of many rows through wgmma: each consumer warpgroup has 64 packed rows of a key head.
 
-    Where keys lie a fixed distance apart the copy engine fetches them, else (paged) threads do. With ``split`` (and then
-    ragged) blocks share the chunks of rows; with ``few`` as well, a block has any range of the chunks of any rows.
+    Where keys lie a fixed distance apart the copy engine fetches them, else (paged) threads do. With ``split`` (then
+    ragged, too) blocks share the chunks of rows; with ``few`` as well, a block has any range of the chunks of any rows.
     """
 
     kernel = "forward_sm90"

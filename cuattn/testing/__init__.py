@@ -2,6 +2,11 @@
 
     from cuattn import testing
 
+    report = testing.judge(my_attention, my_backward)
+    assert report.ok, report
+
+gives four judgments: accuracy and invariance of results and of gradients (docs/testing.md). One thing at a time:
+
     testing.assert_invariant(my_attention, testing.standard_cases("small"))
     for case in testing.accuracy_cases("small"):
         testing.assert_accurate(my_attention, case)
@@ -27,10 +32,14 @@ from cuattn.testing.bitwise import BitwiseMismatch, assert_bitwise_equal
 from cuattn.testing.cases import HEAD_DIMS, SIZES, WORKLOAD, accuracy_cases, gradient_accuracy_cases, standard_cases
 from cuattn.testing.checks import CHECKS, GRADIENT_CHECKS, Check
 from cuattn.testing.controls import non_invariant
+from cuattn.testing.conventions import from_flash, from_sdpa, with_autograd
 from cuattn.testing.gradient_accuracy import GradientAccuracy, assert_gradients_accurate, measure_gradient_accuracy
 from cuattn.testing.gradient_controls import non_invariant_gradients
 from cuattn.testing.gradients import GradientSubject
 from cuattn.testing.inputs import FAMILIES, Case, Inputs, make_inputs
+from cuattn.testing.judgments import Cases, judge
+from cuattn.testing.limits import LIMITS, Limits
+from cuattn.testing.report import FORWARD, JUDGMENTS, Report, Row, Verdict
 from cuattn.testing.seen import Call
 from cuattn.testing.subject import Subject
 from cuattn.testing.sweep import (
@@ -43,37 +52,49 @@ from cuattn.testing.sweep import (
     run_gradient_sweep,
     run_sweep,
 )
+from cuattn.testing.workload import run_workload, sha256, workload_inputs
 
 __all__ = [
     "CHECKS",
     "FAMILIES",
+    "FORWARD",
     "GRADIENT_CHECKS",
     "HEAD_DIMS",
+    "JUDGMENTS",
+    "LIMITS",
     "SIZES",
     "WORKLOAD",
     "Accuracy",
     "BitwiseMismatch",
     "Call",
     "Case",
+    "Cases",
     "Check",
     "CupyLibrary",
     "GradientAccuracy",
     "GradientSubject",
     "Inputs",
     "Library",
+    "Limits",
     "NumpyLibrary",
+    "Report",
+    "Row",
     "Subject",
     "TorchLibrary",
     "Trial",
     "TrialResult",
+    "Verdict",
     "accuracy_cases",
     "assert_accurate",
     "assert_bitwise_equal",
     "assert_gradient_batch_invariant",
     "assert_gradients_accurate",
     "assert_invariant",
+    "from_flash",
+    "from_sdpa",
     "gradient_accuracy_cases",
     "invariance_sweep",
+    "judge",
     "make_inputs",
     "measure_accuracy",
     "measure_gradient_accuracy",
@@ -83,9 +104,13 @@ __all__ = [
     "poisoned_empty_like",
     "run_gradient_sweep",
     "run_sweep",
+    "run_workload",
+    "sha256",
     "standard_cases",
+    "with_autograd",
     "with_cache",
     "with_packed",
     "with_packed_gradients",
     "with_shards",
+    "workload_inputs",
 ]

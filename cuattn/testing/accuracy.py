@@ -1,13 +1,15 @@
 """Accuracy: the error against float64 in proportion to the error of a peer, on inputs that show errors.
 
 The peer is what a framework computes without a fused kernel: inputs in low precision, scores and softmax in fp32,
-weights rounded to the dtype, output rounded. The rules:
+weights rounded to the dtype, output rounded. The rules, with the `Limits` of the dtype:
 
-- relative L2 error <= ERROR_RATIO times the peer's (float32: FP32_ERROR_RATIO), where the peer counts at least as
-  rounding the output alone; for float32 and normal inputs also <= FP32_ERROR;
-- each element: |out - gold| <= 2 * (the peer's largest error) + one unit in the last place of the gold value;
-- each LSE: |lse - gold| <= LSE_UNITS fp32 units in the last place of the row's largest possible |score|;
+- relative L2 error <= ``ratio`` times the peer's, which counts at least as ``floor``: rounding the output alone; on
+  normal inputs also <= ``absolute``, where there is such a limit;
+- each element: |out - gold| <= ``element`` times the peer's largest error + one unit in the last place of gold;
+- each LSE: |lse - gold| <= ``lse_units`` fp32 units in the last place of the row's largest possible |score|;
 - rows that see nothing: out is +0 and LSE is -inf.
+
+An operation without the keyword return_lse has no LSE to be judged.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -20,18 +22,12 @@ from numpy.typing import NDArray
 from cuattn.reference.gold import gold_attention, visible_keys
 from cuattn.testing.arrays import Library, NumpyLibrary, round_to_bits, values_of
 from cuattn.testing.inputs import Case, Inputs
-from cuattn.testing.subject import INSURMOUNTABLE, Operation, Result, Subject
+from cuattn.testing.limits import LIMITS
+from cuattn.testing.subject import FAILURES, INSURMOUNTABLE, Operation, Result, Subject
 
 T = TypeVar("T")
 
-ERROR_RATIO = 1.1
-FP32_ERROR_RATIO = 2.0
-FP32_ERROR = 3e-6
-LSE_UNITS = 4
-EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23}
 _SMALLEST_NORMAL = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126}
-#: Relative L2 error of rounding normal numbers to nearest, in units of epsilon.
-ROUNDING = 0.21
 
 
 def peer_attention(inputs: Inputs, dtype: str, mask: str, scale: float) -> NDArray[np.float32]:
@@ -70,7 +66,7 @@ def relative_error(actual: NDArray[Any], gold: NDArray[np.float64]) -> float:
 
 def unit_of(gold: NDArray[np.float64], dtype: str) -> NDArray[np.float64]:
     """One unit in the last place of each value."""
-    return EPSILON[dtype] * np.maximum(np.abs(gold), _SMALLEST_NORMAL[dtype])
+    return LIMITS[dtype].epsilon * np.maximum(np.abs(gold), _SMALLEST_NORMAL[dtype])
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,7 @@ class Accuracy:
     error: float  # relative L2 against float64
     peer_error: float
     worst_element: float  # largest |out - gold| as a share of what its element is allowed
-    lse_error: float  # largest |lse - gold|
+    lse_error: float | None  # largest |lse - gold|; None for an operation without LSE
     lse_allowed: float
     failures: tuple[str, ...]
 
@@ -94,40 +90,41 @@ class Accuracy:
         return self.error / self.peer_error if self.peer_error > 0 else float(self.error > 0)
 
 
-def judge(case: Case, inputs: Inputs, result: Result) -> Accuracy:
+def judge_output(case: Case, inputs: Inputs, result: Result) -> Accuracy:
     """The errors of a result on the case's inputs."""
+    limits = LIMITS[case.dtype]
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
     q, k, v = (values_of(bits, case.dtype).astype(np.float64) for bits in (inputs.q, inputs.k, inputs.v))
     gold, gold_lse = gold_attention(q, k, v, case.mask, scale)
     peer = peer_attention(inputs, case.dtype, case.mask, scale)
-    values, logs = (
-        values_of(result.out, case.dtype).astype(np.float64),
-        values_of(result.lse, "float32").astype(np.float64),
-    )
+    values = values_of(result.out, case.dtype).astype(np.float64)
 
-    epsilon = EPSILON[case.dtype]
     error, peer_error = relative_error(values, gold), relative_error(peer, gold)
-    element = np.abs(values - gold) / (2 * np.abs(peer - gold).max(initial=0.0) + unit_of(gold, case.dtype))
-    worst_element = float(element.max(initial=0.0))
+    allowed = limits.element * np.abs(peer - gold).max(initial=0.0) + unit_of(gold, case.dtype)
+    worst_element = float((np.abs(values - gold) / allowed).max(initial=0.0))
 
     seen = np.isfinite(gold_lse)
     largest_score = abs(scale) * np.linalg.norm(q, axis=-1).max(initial=0.0) * np.linalg.norm(k, axis=-1).max(initial=0)
-    lse_allowed = LSE_UNITS * float(np.spacing(np.float32(max(1.0, largest_score))))
-    lse_error = float(np.abs(logs[seen] - gold_lse[seen]).max(initial=0.0))
+    lse_allowed = limits.lse_units * float(np.spacing(np.float32(max(1.0, largest_score))))
+    lse_error = None
 
     failures = []
     # "not <=" and not ">": a NaN fails
-    ratio = FP32_ERROR_RATIO if case.dtype == "float32" else ERROR_RATIO
-    if not error <= ratio * max(peer_error, ROUNDING * epsilon):
+    if not error <= limits.ratio * max(peer_error, limits.floor):
         failures.append(f"relative L2 error {error:.3g}, the peer's is {peer_error:.3g}")
-    if (case.dtype, case.family) == ("float32", "normal") and not error <= FP32_ERROR:
-        failures.append(f"relative L2 error {error:.3g}, allowed {FP32_ERROR:.3g}")
+    if limits.absolute is not None and case.family == "normal" and not error <= limits.absolute:
+        failures.append(f"relative L2 error {error:.3g}, allowed {limits.absolute:.3g}")
     if not worst_element <= 1:
         failures.append(f"an element's error is {worst_element:.3g} times what is allowed")
-    if not lse_error <= lse_allowed:
-        failures.append(f"LSE error {lse_error:.3g}, allowed {lse_allowed:.3g}")
-    if not (np.all(logs[~seen] == -np.inf) and not np.any(result.out[~seen])):
-        failures.append("a row that sees no key is not +0 with LSE -inf")
+    if result.lse is not None:
+        logs = values_of(result.lse, "float32").astype(np.float64)
+        lse_error = float(np.abs(logs[seen] - gold_lse[seen]).max(initial=0.0))
+        if not lse_error <= lse_allowed:
+            failures.append(f"LSE error {lse_error:.3g}, allowed {lse_allowed:.3g}")
+        if not np.all(logs[~seen] == -np.inf):
+            failures.append("the LSE of a row that sees no key is not -inf")
+    if np.any(result.out[~seen]):
+        failures.append("a row that sees no key is not +0")
     return Accuracy(case, error, peer_error, worst_element, lse_error, lse_allowed, tuple(failures))
 
 
@@ -141,7 +138,7 @@ def measure_accuracy(op: Operation, cases: Iterable[Case], library: Library | No
 
     def measured(case: Case) -> Accuracy:
         subject = Subject(op, library, case)
-        return judge(case, subject.inputs, subject.baseline)
+        return judge_output(case, subject.inputs, subject.baseline)
 
     nan = float("nan")
     yield from measure(cases, measured, lambda case, failure: Accuracy(case, nan, nan, nan, nan, nan, (failure,)))
@@ -155,7 +152,7 @@ def measure(cases: Iterable[Case], one: Callable[[Case], T], failed: Callable[[C
             return one(case)
         except INSURMOUNTABLE:
             raise
-        except Exception as error:
+        except FAILURES as error:
             return failed(case, f"{type(error).__name__}: {error}")
 
     return map(attempt, cases)

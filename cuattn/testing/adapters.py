@@ -12,10 +12,6 @@ from cuattn.testing.subject import CACHED, CUMULATIVE, Operation
 ShardStarts = Callable[[int], Sequence[int]]
 
 
-def accepts(op: Operation, keyword: str) -> bool:
-    return keyword in inspect.signature(op).parameters
-
-
 def with_packed(op: Operation, packed: Operation) -> Operation:
     """``op`` that also takes packed sequences, by the keywords cu_seqlens_q and cu_seqlens_k: those calls are
     ``packed(q, k, v, cu_seqlens_q, cu_seqlens_k, mask, ...)``, the mask if it is given.

@@ -2,7 +2,7 @@
 
 Each wraps the operation under test, cuts the keys of each sequence in two, and merges the two results in fp32: what a
 kernel does whose chunk starts move. Where the cut lies depends on that one thing. A check that such an operation
-passes checks nothing.
+passes checks nothing. The LSE that merging needs is worked out here for an operation that returns none.
 """
 
 import functools
@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cuattn.reference.gold import gold_attention
 from cuattn.testing.arrays import int32_array, library_of, raw_bits, round_to_bits
 from cuattn.testing.seen import Call, Seen, host_values
-from cuattn.testing.subject import Operation
+from cuattn.testing.subject import Operation, returns_lse
 
 #: The cut is at least FIRST_CUT keys into the sequence and less than FIRST_CUT + CUTS; fewer keys are not cut.
 FIRST_CUT = 16
@@ -38,14 +39,24 @@ class _Sequence:
 
     def attend(self, op: Operation, rows: slice, keys: slice, mask: str, options: dict[str, Any]) -> Both:
         """``op`` on some rows and keys; (out, lse) in fp32 on the host."""
-        key, more = self.k[:, :, keys], {}
+        arrays = (self.q[:, :, rows], self.k[:, :, keys], self.v[:, :, keys])
+        library, more, existing = library_of(self.k), {}, arrays[1].shape[2]
         if self.length is not None:
-            existing = min(max(self.length - (keys.start or 0), 0), key.shape[2])
-            more["kv_lengths"] = int32_array(library_of(key), [existing])
+            existing = min(max(self.length - (keys.start or 0), 0), existing)
+            more["kv_lengths"] = int32_array(library, [existing])
         if self.exists is not None:
             more["key_padding_mask"] = self.exists[:, keys]
-        out, lse = op(self.q[:, :, rows], key, self.v[:, :, keys], mask, **options, **more)
-        return host_values(out), host_values(lse)
+        results = op(*arrays, mask, **options, **more)
+        if returns_lse(op):
+            out, lse = results
+            return host_values(out), host_values(lse)
+        exists = (np.arange(arrays[1].shape[2]) < existing)[None]
+        if self.exists is not None:
+            exists &= raw_bits(more["key_padding_mask"])[0].astype(bool)
+        query, key, value = (host_values(x).astype(np.float64) for x in arrays)
+        with np.errstate(invalid="ignore"):  # NaN is among what the checks feed
+            _, gold_lse = gold_attention(query, key, value, mask, options.get("scale"), exists)
+        return host_values(results), gold_lse.astype(np.float32)
 
 
 def non_invariant(op: Operation, number: Seen) -> Operation:
@@ -98,7 +109,8 @@ def non_invariant(op: Operation, number: Seen) -> Operation:
             out, lse = out[0].swapaxes(0, 1), lse[0]
         if layout == "bshd":
             out = out.swapaxes(1, 2)
-        return library.array(round_to_bits(out, dtype), dtype), library.array(lse.view(np.uint32), "float32")
+        output = library.array(round_to_bits(out, dtype), dtype)
+        return (output, library.array(lse.view(np.uint32), "float32")) if returns_lse(op) else output
 
     return cut_op
 
@@ -169,7 +181,9 @@ def leaves_a_sequence_unwritten(op: Operation) -> Operation:
     def lazy_op(q: Any, k: Any, v: Any, mask: str, *, out: Any = None, **options: Any) -> Any:
         if out is not None:
             op(q[:-1], k[:-1], v[:-1], mask, out=out[:-1], **options)
-        result, lse = op(q, k, v, mask, **options)
-        return (result if out is None else out), lse
+        results = op(q, k, v, mask, **options)
+        if out is None:
+            return results
+        return (out, results[1]) if returns_lse(op) else out
 
     return lazy_op

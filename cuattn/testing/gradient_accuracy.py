@@ -2,11 +2,12 @@
 
 The peer is what a framework's backward pass computes from attention's results, without a fused kernel: inputs in low
 precision; scores, and weights from them and the LSE, in fp32; the correction of each row from the rounded output;
-weights and gradients of scores rounded to the dtype before they are multiplied; gradients rounded. The rules for each:
+weights and gradients of scores rounded to the dtype before they are multiplied; gradients rounded. The rules for each,
+with the `Limits` of the dtype:
 
-- relative L2 error <= GRADIENT_ERROR_RATIO times the peer's, which counts at least as rounding the result, and at least
+- relative L2 error <= ``gradient_ratio`` times the peer's, which counts at least as rounding the result, and at least
   as a sum in fp32, term by term, of so many terms;
-- each element: |gradient - gold| <= ELEMENT_ERROR_RATIO times the peer's largest error, which counts at least as 4
+- each element: |gradient - gold| <= ``gradient_element`` times the peer's largest error, which counts at least as 4
   times what is usual in such a sum, + one unit in the last place of the gold value; more than 2 times, since a largest
   error is a matter of chance;
 - dq of rows that see nothing is +0.
@@ -19,14 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cuattn.reference.gold import gold_gradients, visible_keys
-from cuattn.testing.accuracy import EPSILON, ROUNDING, measure, peer_scores, relative_error, rounded, unit_of
+from cuattn.testing.accuracy import measure, peer_scores, relative_error, rounded, unit_of
 from cuattn.testing.arrays import Library, NumpyLibrary, values_of
 from cuattn.testing.gradients import Gradients, GradientSubject
 from cuattn.testing.inputs import Case, Inputs
+from cuattn.testing.limits import LIMITS
 from cuattn.testing.subject import Operation
-
-GRADIENT_ERROR_RATIO = 2.0
-ELEMENT_ERROR_RATIO = 3.0
 
 Arrays = dict[str, NDArray[np.float32]]
 
@@ -90,10 +89,11 @@ class GradientError:
         terms: int,
     ) -> "GradientError":
         """``terms``: how many each element is the sum of."""
-        floor = ROUNDING * max(EPSILON[dtype], EPSILON["float32"] * (terms / 2) ** 0.5)
+        limits = LIMITS[dtype]
+        floor = max(limits.floor, LIMITS["float32"].floor * (terms / 2) ** 0.5)
         usual = floor * float(np.sqrt(np.square(gold).mean())) if gold.size else 0.0
         largest = max(float(np.abs(peer - gold).max(initial=0.0)), 4 * usual)
-        element = np.abs(values - gold) / (ELEMENT_ERROR_RATIO * largest + unit_of(gold, dtype))
+        element = np.abs(values - gold) / (limits.gradient_element * largest + unit_of(gold, dtype))
         return cls(relative_error(values, gold), relative_error(peer, gold), float(element.max(initial=0.0)), floor)
 
 
@@ -138,7 +138,7 @@ def judge_gradients(case: Case, inputs: Inputs, result: Gradients) -> GradientAc
         got = values_of(bits, case.dtype).astype(np.float64)
         errors[name] = own = GradientError.of(got, expected, peer[name], case.dtype, terms)
         # "not <=" and not ">": a NaN fails
-        if not own.ratio <= GRADIENT_ERROR_RATIO:
+        if not own.ratio <= LIMITS[case.dtype].gradient_ratio:
             counted = max(own.peer_error, own.floor)
             failures.append(f"{name}: relative L2 error {own.error:.3g}, the peer's counts as {counted:.3g}")
         if not own.worst_element <= 1:

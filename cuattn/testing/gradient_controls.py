@@ -50,7 +50,8 @@ def non_invariant_gradients(op: Operation, number: Seen) -> Operation:
         if cu_seqlens_q is not None:
             options |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
         library, (bits, dtype) = library_of(q), raw_bits(dout)
-        log_bits = np.zeros(lse.shape, np.uint32) if dlse is None else raw_bits(dlse)[0]
+        log_shape = dout.shape[:3] if lse is None else lse.shape
+        log_bits = np.zeros(log_shape, np.uint32) if dlse is None else raw_bits(dlse)[0]
         seen_q, seen_k, seen_v = (x.swapaxes(1, 2) if layout == "bshd" else x for x in (q, k, v))
         first, first_log = np.zeros(bits.shape, bool), np.zeros(log_bits.shape, bool)
         wholes = (bits, log_bits, first, first_log)

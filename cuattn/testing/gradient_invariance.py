@@ -8,14 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cuattn.reference.gold import visible_keys
-from cuattn.testing.adapters import accepts
 from cuattn.testing.arrays import Bits, bool_array, int32_array, poison, round_to_bits
 from cuattn.testing.bitwise import assert_same_bits
 from cuattn.testing.gradients import Gradients, GradientSubject
 from cuattn.testing.inputs import Inputs
 from cuattn.testing.invariance import with_visible_keys
 from cuattn.testing.sequences import different_lengths, key_counts, padding_masks, run_packed_among_nan, spans
-from cuattn.testing.subject import CUMULATIVE
+from cuattn.testing.subject import CUMULATIVE, accepts
 
 Which = NDArray[np.bool_]  # (B, Lq) rows or (B, Lk) keys
 #: What stands where a row is left out; all other arrays hold NaN there.

@@ -5,11 +5,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from cuattn.testing.adapters import accepts
 from cuattn.testing.arrays import Bits, Library
 from cuattn.testing.bitwise import assert_same_bits
 from cuattn.testing.inputs import Case, Inputs, make_inputs
-from cuattn.testing.subject import BaseSubject, Operation, Shape, Subject
+from cuattn.testing.subject import BaseSubject, Operation, Shape, Subject, accepts
 
 #: Calls of the check of repeated runs on a device: a race shows as a rare difference.
 DEVICE_RUNS = 100
@@ -52,8 +51,9 @@ class Gradients:
 class GradientSubject(BaseSubject[Gradients]):
     """Gradients: ``op(dout, q, k, v, out, lse, mask, scale=..., dlse=...) -> (dq, dk, dv)``; dlse if it takes one.
 
-    forward: ``forward(q, k, v, mask, scale=..., return_lse=True) -> (out, lse)``, where out and lse come from. They are
-    computed once for all ways to ask for gradients that must agree: whether forward is invariant does not matter.
+    forward: ``forward(q, k, v, mask, scale=..., return_lse=True) -> (out, lse)``, where out and lse come from; lse is
+    None if forward returns none. They are computed once for all ways to ask for gradients that must agree: whether
+    forward is invariant does not matter.
     runs: calls of the check of repeated runs; by default few on a CPU, and DEVICE_RUNS elsewhere.
     """
 
@@ -77,7 +77,8 @@ class GradientSubject(BaseSubject[Gradients]):
     def attended(self, inputs: Inputs, mask: str | None = None) -> Inputs:
         """With the output and the LSE of these queries, keys and values."""
         result = Subject(self.forward, self.library, self.case).run(inputs, mask)
-        return replace(inputs, upstream={**inputs.upstream, "out": result.out, "lse": result.lse})
+        statistics = {} if result.lse is None else {"lse": result.lse}
+        return replace(inputs, upstream={**inputs.upstream, "out": result.out, **statistics})
 
     @property
     def judged(self) -> Inputs:

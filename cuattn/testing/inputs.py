@@ -1,4 +1,8 @@
-"""Cases and their inputs, the same on every machine: a counter-based generator, a seed, one rounding."""
+"""Cases and their inputs: a counter-based generator, a seed, one rounding.
+
+They are the same wherever NumPy's ``standard_normal`` is, which a version of NumPy may change; the inputs of
+`cuattn.testing.workload` are the same everywhere.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace

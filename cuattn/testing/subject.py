@@ -1,11 +1,12 @@
 """What an invariance check examines: one operation on the inputs of one case, with results as raw bits."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,8 @@ from cuattn.testing.arrays import Bits, Library, int32_array, poison, raw_bits
 from cuattn.testing.bitwise import assert_same_bits
 from cuattn.testing.inputs import Case, Inputs, make_inputs
 
-#: ``op(q, k, v, mask, scale=..., return_lse=True) -> (out, lse)``; more keywords are used where it has them.
+#: ``op(q, k, v, mask, scale=..., return_lse=True) -> (out, lse)``; more keywords are used where it has them. One
+#: without the keyword return_lse returns out alone.
 Operation = Callable[..., Any]
 Shape = tuple[int, ...]
 R = TypeVar("R", bound="Compared")
@@ -32,6 +34,18 @@ _UNUSED = 3
 
 #: Exceptions after which there is no use in trying another case.
 INSURMOUNTABLE = (CompileError, MissingDependencyError)
+#: All others fail what was tried, and so does an operation that would end the process.
+FAILURES = (Exception, SystemExit)
+
+
+def accepts(op: Operation, keyword: str) -> bool:
+    return keyword in inspect.signature(op).parameters
+
+
+def returns_lse(op: Operation) -> bool:
+    """Whether an operation can be asked for the LSE."""
+    parameters = inspect.signature(op).parameters
+    return "return_lse" in parameters or any(p.kind == p.VAR_KEYWORD for p in parameters.values())
 
 
 class Compared(Protocol):
@@ -49,22 +63,23 @@ class Compared(Protocol):
 
 @dataclass(frozen=True)
 class Result:
-    """Raw bits of an output (B, Hq, Lq, Dv) and of its LSE (B, Hq, Lq)."""
+    """Raw bits of an output (B, Hq, Lq, Dv) and of its LSE (B, Hq, Lq), None if the operation returns none."""
 
     out: Bits
-    lse: Bits
+    lse: Bits | None
     dtype: str
 
     def __getitem__(self, index: Any) -> "Result":
         """Part of both: an index into (batch, head, row)."""
-        return Result(self.out[index], self.lse[index], self.dtype)
+        return Result(self.out[index], None if self.lse is None else self.lse[index], self.dtype)
 
     def key_head(self, head: int, group: int) -> "Result":
         return self[:, head * group : (head + 1) * group]
 
     def assert_equals(self, expected: "Result", name: str) -> None:
         assert_same_bits(self.out, expected.out, self.dtype, f"{name}: out")
-        assert_same_bits(self.lse, expected.lse, "float32", f"{name}: LSE")
+        if self.lse is not None and expected.lse is not None:
+            assert_same_bits(self.lse, expected.lse, "float32", f"{name}: LSE")
 
 
 def contiguous(library: Library, bits: Bits, dtype: str) -> Any:
@@ -129,7 +144,7 @@ class BaseSubject(ABC, Generic[R]):
     arguments: tuple[str, ...] = ("q", "k", "v")
     keywords: tuple[str, ...] = ()
     #: Further keywords of every call.
-    always: ClassVar[Mapping[str, Any]] = {}
+    always: Mapping[str, Any] = {}
     #: Calls of the check of repeated runs.
     runs = 4
 
@@ -217,31 +232,35 @@ class BaseSubject(ABC, Generic[R]):
         """``named`` holds the arguments, ``shapes`` the names and shapes of the results."""
         options = {**self.always, **{name: named[name] for name in self.keywords}, **options}
         results = self.op(
-            *(named[name] for name in self.arguments), mask or self.case.mask, scale=self.case.scale, **options
+            *(named.get(name) for name in self.arguments), mask or self.case.mask, scale=self.case.scale, **options
         )
-        found = [raw_bits(array) for array in results]
+        found = [raw_bits(array) for array in (results if len(shapes) > 1 else [results])]
         got = tuple(x for bits, dtype in found for x in (bits.shape, dtype))
         promised = tuple(
             x for name, shape in shapes.items() for x in (shape, "float32" if name == "LSE" else self.case.dtype)
         )
         if got != promised:
             *first, last = shapes
-            raise AssertionError(f"{', '.join(first)} and {last}: got shapes and dtypes {got}, expected {promised}")
+            names = f"{', '.join(first)} and {last}" if first else last
+            raise AssertionError(f"{names}: got shapes and dtypes {got}, expected {promised}")
         return [bits.copy() for bits, _ in found]  # the operation may use its arrays again
 
 
 class Subject(BaseSubject[Result]):
-    """Attention: ``op(q, k, v, mask, scale=..., return_lse=True) -> (out, lse)``."""
+    """Attention: ``op(q, k, v, mask, scale=..., return_lse=True) -> (out, lse)``; out alone without return_lse."""
 
-    always: ClassVar[Mapping[str, Any]] = {"return_lse": True}
+    def __init__(self, op: Operation, library: Library, case: Case) -> None:
+        super().__init__(op, library, case)
+        self.has_lse = returns_lse(op)
+        self.always = {"return_lse": True} if self.has_lse else {}
 
     def shapes(self, inputs: Inputs) -> dict[str, Shape]:
         rows = inputs.q.shape[:3]
-        return {"out": (*rows, inputs.v.shape[3]), "LSE": rows}
+        out = {"out": (*rows, inputs.v.shape[3])}
+        return {**out, "LSE": rows} if self.has_lse else out
 
     def result(self, parts: Sequence[Bits]) -> Result:
-        out, lse = parts
-        return Result(out, lse, self.case.dtype)
+        return Result(parts[0], parts[1] if self.has_lse else None, self.case.dtype)
 
     def run_cached(self, cache: Cache, new: Inputs) -> Result:
         """The results of query rows whose keys and values, as many, are first appended to a cache."""

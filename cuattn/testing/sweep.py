@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from cuattn.testing.adapters import accepts
 from cuattn.testing.arrays import Library, NumpyLibrary
 from cuattn.testing.bitwise import BitwiseMismatch
 from cuattn.testing.checks import CHECKS, GRADIENT_CHECKS, Check
 from cuattn.testing.controls import CUTS, FIRST_CUT
 from cuattn.testing.gradients import GradientSubject
 from cuattn.testing.inputs import Case
-from cuattn.testing.subject import INSURMOUNTABLE, BaseSubject, Operation, Subject
+from cuattn.testing.subject import FAILURES, INSURMOUNTABLE, BaseSubject, Operation, Subject, accepts
 
 AnySubject = BaseSubject[Any]
 MakeSubject = Callable[[Operation, Library, Case], AnySubject]
@@ -95,7 +94,7 @@ def _outcome(trial: Trial, subject: AnySubject) -> tuple[bool, str]:
         return trial.control, str(mismatch)
     except INSURMOUNTABLE:
         raise
-    except Exception as error:  # the sweep goes on, and shows it
+    except FAILURES as error:  # the sweep goes on, and shows it
         return False, f"{type(error).__name__}: {error}"
     return not trial.control, "a non-invariant operation passed" if trial.control else ""
 

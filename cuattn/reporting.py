@@ -1,4 +1,4 @@
-"""What the commands print: through rich where it is installed, as plain text otherwise."""
+"""What commands and reports print: through rich where it is installed, as plain text otherwise."""
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,7 +29,7 @@ def counted(number: int, noun: str) -> str:
 
 
 class Reporter(Protocol):
-    """Where a command reports to."""
+    """Where tables and lines go to."""
 
     def line(self, text: str = "", good: bool | None = None) -> None:
         """One line; good or bad news may be coloured."""

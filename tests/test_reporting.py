@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from cuattn.cli.report import PlainReporter, Reporter, RichReporter, Table, make_reporter
+from cuattn.reporting import PlainReporter, Reporter, RichReporter, Table, make_reporter
 
 TABLE = Table("Title", ("a", "long column"), [("first", "1"), ("second", "[bold]")], [True, False])
 
