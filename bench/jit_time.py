@@ -71,7 +71,7 @@ def main() -> int:
     parser.add_argument("--head-dim", type=int, choices=configs.HEAD_DIMS, default=128)
     parser.add_argument("--mask", choices=configs.MASKS, default="causal")
     parser.add_argument("--dtype", choices=configs.DTYPES, default="bfloat16")
-    parser.add_argument("--arch", choices=configs.ARCHITECTURES, default="sm_90a")
+    parser.add_argument("--arch", choices=configs.ARCHITECTURES, default="sm_90")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--csv", type=Path, help="file to write the rows to")
     options = parser.parse_args()

@@ -18,7 +18,7 @@ from cuattn.config import (
     KernelConfig,
     KeysConfig,
     backward_configs,
-    few_rows,
+    columns,
     many_rows,
 )
 from cuattn.config.columns import ColumnsConfig
@@ -38,7 +38,7 @@ def check_fit(config: KernelConfig, arch: str, blocks: int = 1) -> None:
 def test_the_kernel_of_columns_has_a_shape_for_everything(arch: str) -> None:
     for head_dim, value_dim, dtype in product(HEAD_DIMS, HEAD_DIMS, DTYPES):
         for split, paged in product((False, True), repeat=2):
-            config = few_rows(head_dim, value_dim, "causal", dtype, arch, paged, split)
+            config = columns(head_dim, value_dim, "causal", dtype, arch, paged, split)
             check_fit(config, arch, config.blocks_per_multiprocessor)
             assert config.ring_slots >= 2
             assert config.key_tile % config.slot_keys == 0

@@ -18,7 +18,7 @@ from cuattn.testing.inputs import Inputs
 pytestmark = pytest.mark.gpu
 
 #: Architectures whose tensor cores and ex2 were captured and compared with the emulator's models.
-VALIDATED = ("sm_90a",)
+VALIDATED = ("sm_90", "sm_90a")
 LARGEST = {"float16": 65504.0, "bfloat16": 3.3895314e38}
 on_both_dtypes = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 on_both_head_dims = pytest.mark.parametrize("head_dim", [64, 128])
