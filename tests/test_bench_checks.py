@@ -102,10 +102,11 @@ def test_calls_reach_every_kernel(load, monkeypatch: pytest.MonkeyPatch) -> None
     """On the reference they all run; what the emulator would launch for them is every kernel that there is."""
     calls, smoke = load("calls").CALLS, load("smoke")
     launched: set[str] = set()
-    with cuattn.use_backend("emulator", "sm_90a"):
-        monkeypatch.setattr(cuattn.emulator, "run", lambda launches: launched.update(x.config.kernel for x in launches))
-        for call in calls.values():
-            call(NumpyLibrary())
+    monkeypatch.setattr(cuattn.emulator, "run", lambda launches: launched.update(x.config.kernel for x in launches))
+    for arch in ("sm_90", "sm_90a"):
+        with cuattn.use_backend("emulator", arch):
+            for call in calls.values():
+                call(NumpyLibrary())
     assert launched == {file.stem for file in (BENCH.parent / "kernels_cu").glob("*.cuh")}
     results = [[raw_bits(array) for array in calls["append"](NumpyLibrary())] for _ in range(2)]
     assert smoke.why_different(*results) is None

@@ -12,7 +12,7 @@ from cuattn import env, jit
 from cuattn.config import HEAD_DIMS, MASKS, ForwardSm90Config
 from cuattn.config.hopper import LARGEST_OF_FEW_ROWS
 
-#: (ragged, paged, split, few), as calls ask for them; the last two where there are no more than 192 columns.
+#: (ragged, paged, split, few), as calls ask for them; the last two where head dims are at most 128.
 KINDS = (
     (False, False, False, False),
     *((True, paged, split, False) for paged in (False, True) for split in (False, True)),

@@ -93,7 +93,7 @@ def test_the_unit_has_the_chunk_table_of_the_contract() -> None:
 
 
 #: What a configuration may depend on.
-FACTS = {"head_dim", "value_dim", "mask", "dtype", "arch", "ragged", "paged", "split"}
+FACTS = {"head_dim", "value_dim", "mask", "dtype", "arch", "ragged", "paged", "split", "few"}
 
 
 def all_configs() -> Iterator[KernelConfig]:

@@ -14,7 +14,7 @@ VALUE_COLUMNS = (64, 96, 128, 192, 256)
 #: A register file in units of one register of each of a warpgroup's 128 threads.
 REGISTERS = 512
 #: Larger head dims leave no registers to spare for finding out which rows come next.
-LARGEST_OF_FEW_ROWS = 192
+LARGEST_OF_FEW_ROWS = 128
 #: More slots than this do not hide more latency.
 MOST_SLOTS = 8
 
