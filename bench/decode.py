@@ -11,10 +11,10 @@ around a CUDA graph of calls in a row that go through several caches, together t
 cache may be that large already); the providers take turns in each repeat. A time is the median of the repeats, beside
 the smallest and the largest.
 
-Providers: "cuattn" with automatic splits, "cuattn 4 splits", and torch SDPA's backends; of one that cannot compute or
-capture the problem, the note says why. ratio_to_best_fixed: automatic over the best fixed number of splits. Figures:
-"decode"; "host call", the time from Python's entry to its return without synchronisation; "roof", sum and copy. Exit
-status 1 if a problem was refused.
+Providers: "cuattn" with automatic splits, "cuattn 4 splits", "cuattn portable" as in forward.py, and torch SDPA's
+backends; of one that cannot compute or capture the problem, the note says why. ratio_to_best_fixed: automatic over the
+best fixed number of splits. Figures: "decode"; "host call", the time from Python's entry to its return without
+synchronisation; "roof", sum and copy. Exit status 1 if a problem was refused.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import families
 import peers
 import timing
 from common import PROVENANCE, begin, within
@@ -118,6 +119,9 @@ def why_refused(problem: Problem, given: dict[str, Any], outputs: dict[str, Any]
     for splits in (1, 3):
         if not peers.same_bits(cuattn.attention_kvcache(**given, num_splits=splits).transpose(1, 2), out):
             return f"other bits with num_splits={splits}"
+    for name, function in families.portable(cuattn.attention_kvcache).items():
+        if not peers.same_bits(function(**given).transpose(1, 2), out):
+            return f"other bits than {name}"
     items = sorted({0, problem.batch - 1})
     q, k, v = sequences(given, items)
     for number, item in enumerate(items):
@@ -151,6 +155,8 @@ def measure(problem: Problem, splits: Sequence[int], repeats: int) -> tuple[Time
     sets = [given, *(problem.inputs() for _ in range(1, math.ceil(timing.COLD_BYTES / problem.cache_bytes)))]
     providers = {"cuattn": calls_of(cuattn.attention_kvcache, sets)}
     providers |= {f"cuattn {n} splits": calls_of(cuattn.attention_kvcache, sets, num_splits=n) for n in splits}
+    others = families.portable(cuattn.attention_kvcache)
+    providers |= {name: calls_of(function, sets) for name, function in others.items()}
     providers |= {name: calls_of(peer_call, sets) for name in outputs}
     times, uncaptured = timing.time_graphs(providers, repeats)
     return times, reasons | uncaptured

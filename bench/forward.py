@@ -12,8 +12,9 @@ from 1K keys on. Timed by CUDA events around calls in a row that go through seve
 the L2 cache; the providers take turns in each repeat. A time is the median of the repeats, beside the smallest and the
 largest.
 
-Providers: "cuattn" is the public call, "cuattn launch" the launches alone with everything prepared, the others are
-torch SDPA's backends. Figures: "forward"; "chunk", with its rate over that of a whole prefill as ratio_to_prefill;
+Providers: "cuattn" is the public call, "cuattn launch" the launches alone with everything prepared, "cuattn portable"
+the public call on the portable kernels where others run, with the same bits; the others are torch SDPA's backends.
+Figures: "forward"; "chunk", with its rate over that of a whole prefill as ratio_to_prefill;
 "host call", the time from Python's entry to its return for a tiny problem without synchronisation; "roof", the matrix
 product. Pass "again" repeats the first problem and the roof at the end: the drift. Exit status 1 if a problem was
 refused.
@@ -26,6 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import families
 import peers
 import timing
 from chunks import Chunk, measure_chunk
@@ -96,6 +98,9 @@ def why_refused(problem: Problem, inputs: tuple[Any, Any, Any], outputs: dict[st
     q, k, v = inputs
     out = cuattn.attention(q, k, v, problem.mask)
     gold, _, unfused = peers.gold_and_unfused(q, k, v, problem.mask)
+    for name, function in families.portable(cuattn.attention).items():
+        if not peers.same_bits(function(q, k, v, problem.mask), out):
+            return f"other bits than {name}"
     reason = peers.why_inaccurate(out, gold, {**outputs, "unfused": unfused}, problem.dtype)
     return reason or peers.why_not_invariant(cuattn.attention, q, k, v, problem.mask, out)
 
@@ -140,6 +145,7 @@ def providers_of(problem: Problem, sets: Sequence[tuple[Any, Any, Any]], peer_na
     return {
         "cuattn": each(cuattn.attention),
         "cuattn launch": timing.rotating([prepared_launches(*qkv, problem.mask) for qkv in sets]),
+        **{name: each(function) for name, function in families.portable(cuattn.attention).items()},
         **{name: each(peers.sdpa) for name in peer_names},
     }
 
