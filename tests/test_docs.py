@@ -5,7 +5,10 @@ A block fenced as ``python`` runs everywhere. One fenced as ``python gpu`` runs 
 """
 
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,3 +98,14 @@ def test_continuous_integration_types_the_commands_of_the_readme() -> None:
     install, test = command.split(" && ")
     assert install in script
     assert test in script
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    variables = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+    for page in PAGES:
+        place = "index.html" if page.name == "README.md" else f"{page.stem}/index.html"
+        assert (tmp_path / "site" / place).is_file(), page
