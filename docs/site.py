@@ -1,4 +1,4 @@
-"""What `mkdocs build` needs besides docs/: README.md as the first page, and files of the repository that pages link."""
+"""For `mkdocs build`: README.md as the first page, and the files of the repository that pages link to."""
 
 import posixpath
 import re
