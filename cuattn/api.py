@@ -43,7 +43,9 @@ def attention(
     lse)``. On a GPU the work is queued on the caller's current stream without synchronising, and can be captured in a
     CUDA graph after a first call. A workspace comes from the caller's allocator: at most (blocks that fill the device)
     x (chunks of the longest possible sequence) x (up to 16 rows) x (Dv + 2) x 4 bytes, and for a key_padding_mask
-    B x (2 Lk + 2) x 4 bytes.
+    B x (2 Lk + 2) x 4 bytes. For the target sm_90a it has up to 64 rows in place of 16, for more than 64 rows of a key
+    head (tiles of up to 192 rows) x chunks x 192 rows where they leave multiprocessors idle or num_splits is given, and
+    above 192 columns of values another (rows) x 256 x 4 bytes.
 
     Gradients: torch records them for q, k and v, from the output and from the LSE. They are those of
     `attention_backward`, bit for bit, in eager mode, torch.compile, torch.func.grad, vjp and vmap (the mapped dimension

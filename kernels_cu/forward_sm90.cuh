@@ -4,8 +4,9 @@
 // One block computes packed rows of one key head, 64 for each consumer warpgroup. Warpgroup 0 fills the ring with tiles of
 // keys and values. A consumer starts the products of its queries with the keys of tile j and then those of the weights with
 // the values of tile j - 1, and turns scores into weights while these run; warpgroups take turns, so that one's exponentials
-// overlap the other's products. Several blocks may share the chunks of the same rows (attn/block_work.cuh). What a row computes, and in which order, depends on absolute key positions alone
-// (docs/numerics.md), and is what the other kernels compute.
+// overlap the other's products. Several blocks may share the chunks of the same rows (attn/block_work.cuh). What a row
+// computes, and in which order, depends on absolute key positions alone (docs/numerics.md), and is what the other kernels
+// compute.
 #pragma once
 
 #include <attn/block_work.cuh>

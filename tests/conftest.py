@@ -33,6 +33,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the kernel sources, in use in place of them."""
+    folder = tmp_path / "kernels"
+    shutil.copytree(env.kernel_dir(), folder)
+    monkeypatch.setenv(env.KERNEL_DIR, str(folder))
+    return folder
+
+
+@pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     """Imports a file of bench/ by its name, as the scripts import each other."""
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "bench"))

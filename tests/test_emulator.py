@@ -1,7 +1,6 @@
 """The emulator finds what is wrong in a kernel, and what is right gives the same bits in every order of its threads."""
 
 import re
-import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -9,45 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from changed import assert_found, change
 from planted_bugs import BUGS, FORWARD
 from planted_problems import ManyRows
 
 import cuattn
-from cuattn import emulator, env
 from cuattn.config import ForwardConfig
 from cuattn.emulator import build
 from cuattn.errors import CompileError, EmulatorError, MissingDependencyError
-from cuattn.testing import BitwiseMismatch, assert_bitwise_equal
-
-
-@pytest.fixture
-def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the kernel sources, in use in place of them."""
-    folder = tmp_path / "kernels"
-    shutil.copytree(env.kernel_dir(), folder)
-    monkeypatch.setenv(env.KERNEL_DIR, str(folder))
-    return folder
-
-
-def change(file: Path, old: str, new: str) -> None:
-    text = file.read_text()
-    assert text.count(old) == 1, f"{file.name}: {old!r} is there {text.count(old)} times"
-    file.write_text(text.replace(old, new))
+from cuattn.testing import assert_bitwise_equal
 
 
 @pytest.mark.parametrize("name", BUGS)
 def test_planted_bugs_are_found(name: str, sources: Path) -> None:
-    bug = BUGS[name]
-    right = bug.problem.run()  # control: the kernel as it is
-    change(sources / bug.file, bug.old, bug.new)
-    for schedule in emulator.SCHEDULES:
-        if bug.error is None:
-            with pytest.raises(BitwiseMismatch):
-                assert_bitwise_equal(bug.problem.run(schedule)[0], right[0])
-            continue
-        with pytest.raises(EmulatorError) as caught:
-            bug.problem.run(schedule)
-        assert re.search(bug.error, str(caught.value)), f"{schedule}: {caught.value}"
+    assert_found(BUGS[name], sources)
 
 
 def test_errors_say_where(sources: Path) -> None:

@@ -5,7 +5,16 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cuattn.config.base import ARCHITECTURES, HOPPER, Constants, KernelConfig, itemsize, place_bytes, tile_columns
+from cuattn.config.base import (
+    ARCHITECTURES,
+    HOPPER,
+    Constants,
+    KernelConfig,
+    dims_name,
+    itemsize,
+    place_bytes,
+    tile_columns,
+)
 from cuattn.config.small import HelperConfig
 
 #: Bytes of a RowRecord in kernels_cu/attn/params.cuh.
@@ -70,8 +79,7 @@ class _GradientConfig(KernelConfig):
 
     @property
     def name(self) -> str:
-        dims = f"d{self.head_dim}" + (f"_{self.value_dim}" if self.value_dim != self.head_dim else "")
-        return f"{self.kernel}_{dims}_{self.dtype}_{self.arch}"
+        return f"{self.kernel}_{dims_name(self.head_dim, self.value_dim)}_{self.dtype}_{self.arch}"
 
     @property
     def constants(self) -> Constants:

@@ -86,6 +86,11 @@ def tile_columns(head_dim: int) -> int:
     return -(-head_dim // 64) * 64
 
 
+def dims_name(head_dim: int, value_dim: int) -> str:
+    """The part of a kernel's name for its head dims, such as "d64" or "d192_128"."""
+    return f"d{head_dim}" + (f"_{value_dim}" if value_dim != head_dim else "")
+
+
 def place_bytes(tiles: int, key_tile: int) -> int:
     """Shared memory for the places of the keys and values of some tiles."""
     return -(-tiles * key_tile * 8 // 1024) * 1024

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from cuattn import contract
-from cuattn.config.base import ARCHITECTURES, Constants, KernelConfig, itemsize, place_bytes, tile_columns
+from cuattn.config.base import ARCHITECTURES, Constants, KernelConfig, dims_name, itemsize, place_bytes, tile_columns
 
 #: Slots of a ring: more than this do not hide more latency.
 MOST_SLOTS = 6
@@ -33,9 +33,8 @@ class ColumnsConfig(KernelConfig):
 
     @functools.cached_property
     def name(self) -> str:
-        dims = f"d{self.head_dim}" + (f"_{self.value_dim}" if self.value_dim != self.head_dim else "")
         kind = "_split" * self.split + "_paged" * self.paged
-        return f"{self.kernel}_{dims}_{self.mask}{kind}_{self.dtype}_{self.arch}"
+        return f"{self.kernel}_{dims_name(self.head_dim, self.value_dim)}_{self.mask}{kind}_{self.dtype}_{self.arch}"
 
     @property
     def constants(self) -> Constants:

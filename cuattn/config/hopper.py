@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cuattn import contract
-from cuattn.config.base import ARCHITECTURES, Constants, KernelConfig, tile_columns
+from cuattn.config.base import ARCHITECTURES, Constants, KernelConfig, dims_name, tile_columns
 
 ARCH = "sm_90a"
 DTYPES = ("float16", "bfloat16")
@@ -44,10 +44,9 @@ class ForwardSm90Config(KernelConfig):
 
     @functools.cached_property
     def name(self) -> str:
-        dims = f"d{self.head_dim}" + (f"_{self.value_dim}" if self.value_dim != self.head_dim else "")
         shared = "_few" if self.few else "_split" if self.split else ""
         kind = shared + ("_paged" if self.paged else "_ragged" if self.ragged else "")
-        return f"{self.kernel}_{dims}_{self.mask}{kind}_{self.dtype}_{self.arch}"
+        return f"{self.kernel}_{dims_name(self.head_dim, self.value_dim)}_{self.mask}{kind}_{self.dtype}_{self.arch}"
 
     @property
     def constants(self) -> Constants:

@@ -1,6 +1,6 @@
 // The ring of tiles between the warps that copy and the warpgroups that compute. A slot's barrier `filled` ends a phase when
-// its tile is there, `free` when every consumer warp has read it. Steps are in the order of
-// use: K0 K1 V0 K2 V1 ... V(n - 1).
+// its tile is there, `free` when every consumer warp has read it. Steps are in the order of use: K0 K1 V0 K2 V1 ...
+// V(n - 1).
 #pragma once
 
 #include <common/types.cuh>

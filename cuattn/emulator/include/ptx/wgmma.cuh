@@ -2,17 +2,10 @@
 #pragma once
 
 #include <emulator/wgmma.h>
+#include <common/matrix_descriptor.cuh>
 #include <common/types.cuh>
 
 namespace cuattn::ptx {
-
-inline u64 wgmma_rows(u32 address) {
-    return (u64(1) << 62) | (u64(1024 / 16) << 32) | (u64(1) << 16) | ((address & 0x3ffff) >> 4);
-}
-inline u64 wgmma_columns(u32 address, int panel_bytes) {
-    return (u64(1) << 62) | (u64(1024 / 16) << 32) | (u64(panel_bytes / 16) << 16) | ((address & 0x3ffff) >> 4);
-}
-inline u64 wgmma_advance(u64 tile, int bytes) { return tile + bytes / 16; }
 
 inline void wgmma_fence() { emulator::current().wgmma_fence = true; }
 inline void wgmma_commit() { emulator::commit_products(); }
