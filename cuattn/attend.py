@@ -20,6 +20,7 @@ from cuattn.params import (
 )
 from cuattn.problem import Problem
 from cuattn.tensor_map import TensorMap, can_map
+from cuattn.turns import block_count
 
 #: Fields of SplitGroup in kernels_cu/attn/params.cuh.
 GROUP_FIELDS = 7
@@ -108,7 +109,18 @@ class Attend:
             config = replace(config, ragged=True, split=True)
             scratch = _workspace(groups, chunks, config.row_tile, problem.value_dim, allocate)
         partials = partial_params(scratch, chunks, config.row_tile, by_group=True)
-        launch = self._launch_sm90(config, groups * pieces, partials, scratch, allocate, pieces)
+        items = groups * pieces
+        blocks = items
+        if pieces == 1:
+            longest_first = problem.mask == "causal" and self.key_length == problem.query_length
+            blocks = block_count(
+                items,
+                self.params.query_tiles,
+                longest_first,
+                self.target.processors,
+                known=problem.sequences is None,
+            )
+        launch = self._launch_sm90(config, blocks, partials, scratch, allocate, pieces, items)
         return [launch, *self._combine(groups, partials, scratch)]
 
     def _launch_sm90(
@@ -119,6 +131,7 @@ class Attend:
         scratch: dict[str, Tensor],
         allocate: Allocate,
         pieces: int = 1,
+        items: int = 0,
     ) -> Launch:
         """The copy engine reads keys and values through maps of them; where there is no such map, threads read them."""
         tensors = {"key_map": self.problem.key, "value_map": self.problem.value}
@@ -131,6 +144,7 @@ class Attend:
             call=SplitParams(self.params, partials),
             merged=finished["merged"].pointer if finished else None,
             pieces=pieces,
+            items=items,
         )
         launch = self._launch(config, blocks, params, config.row_tile, {**scratch, **finished})
         maps = {name: TensorMap.of(tensor, config.key_tile) for name, tensor in tensors.items()}

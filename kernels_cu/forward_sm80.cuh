@@ -169,8 +169,8 @@ extern "C" __global__ void __launch_bounds__(threads, config::blocks_per_multipr
     const i64 lse_row = (i64(end.query_batch) * params.query_heads + end.head) * params.query_length + first_row;
     u16* const row_out =
         end.start_of(static_cast<u16*>(params.out), params.out_strides, end.query_batch, end.head, first_row);
-    store_rows<head_dim, KeyTile, config::bfloat16>(
-        out, rows, warp_memory, min(16, end.query_length - warp_row),
+    store_rows<head_dim, config::bfloat16>(
+        out, rows, end.query_length - warp_row,
         [&](int row) { return row_out + row * params.out_strides.token; },
         [&](int row) { return params.lse + lse_row + row; });
 }

@@ -1,8 +1,8 @@
 // Forward attention for Hopper (sm_90a) in 16 bits: wgmma, the copy engine, mbarriers. The including unit defines namespace
 // cuattn::config with the constants of one KernelConfig (cuattn/jit/unit.py).
 //
-// One block computes packed rows of one key head, 64 for each consumer warpgroup. Warpgroup 0 fills the ring with tiles of
-// keys and values. A consumer starts the products of its queries with the keys of tile j and then those of the weights with
+// One block computes packed rows of one key head, 64 for each consumer warpgroup, one such tile after the other. Warpgroup 0
+// fills the ring with tiles of keys and values, and fetches the next queries. A consumer starts the products of its queries with the keys of tile j and then those of the weights with
 // the values of tile j - 1, and turns scores into weights while these run; warpgroups take turns, so that one's exponentials
 // overlap the other's products. Several blocks may share the chunks of the same rows (attn/block_work.cuh). What a row
 // computes, and in which order, depends on absolute key positions alone (docs/numerics.md), and is what the other kernels
@@ -14,6 +14,7 @@
 #include <attn/epilogue.cuh>
 #include <attn/key_copies.cuh>
 #include <attn/params.cuh>
+#include <attn/query_copies.cuh>
 #include <attn/results.cuh>
 #include <attn/ring.cuh>
 #include <attn/rows.cuh>
@@ -45,10 +46,9 @@ constexpr int block_rows = consumers * group_rows, threads = (1 + consumers) * w
 constexpr bool moves_registers = consumers > 1;  // else there are as many as a thread can have
 constexpr int widest = tile_dim > value_tile_dim ? tile_dim : value_tile_dim;
 constexpr int slot_elements = key_tile * widest;
-constexpr int query_elements = group_rows * widest;  // first the queries, then rows on their way out
+constexpr int query_elements = group_rows * tile_dim;
 
 using QueryTile = Tile<tile_dim, 2, group_rows>;
-using OutTile = Tile<value_tile_dim, 2, group_rows>;
 using KeyTile = Tile<tile_dim, 2, key_tile>;
 using ValueTile = Tile<value_tile_dim, 2, key_tile>;
 using Merged = MergedChunks<value_columns / 8, config::merged_in_shared>;
@@ -60,6 +60,7 @@ struct SharedMemory {
     alignas(1024) u16 ring[ring_slots][slot_elements];
     unsigned char merged[consumers * 4][Merged::bytes_per_warp];
     u64 filled[ring_slots], free[ring_slots], landed;
+    u64 queries_filled[consumers], queries_free[consumers];
 };
 static_assert(sizeof(SharedMemory) == config::shared_bytes);
 static_assert(QueryTile::row_bytes <= 1024 && sizeof(u64) == ptx::mbarrier_bytes);
@@ -74,6 +75,17 @@ struct Copies<true> {
         RowCopies<KeyTile, ValueTile, head_dim, value_dim, key_tile, slot_elements * 2, ring_slots, KeySequence>;
 };
 using KeyCopies = Copies<config::paged>::Type;
+// Warps of warpgroup 0 that fetch queries, one for each consumer; consumers do it themselves where keys take all of them.
+constexpr bool fetches_queries = !config::paged;
+static_assert(!fetches_queries || KeyCopies::threads / 32 + consumers <= 4);
+
+__device__ __forceinline__ void init_barriers(SharedMemory& shared, const RingAddress& ring) {
+    for (int i = 0; i < consumers; ++i) {
+        ptx::mbarrier_init(ptx::shared_address(&shared.queries_filled[i]), 32);
+        ptx::mbarrier_init(ptx::shared_address(&shared.queries_free[i]), 4);
+    }
+    ring.init(ring_slots, KeyCopies::arrivals, consumers * 4);
+}
 
 // One consumer warpgroup.
 class Consumer {
@@ -83,11 +95,11 @@ class Consumer {
         : call_(params),
           params_(params.call.forward),
           ring_(ring),
-          lane_(threadIdx.x & 31),
           number_(number),
-          warp_(threadIdx.x / 32 & 3),
           query_(ptx::shared_address(shared.query[number])),
-          merged_rows_(ptx::shared_address(shared.merged[number * 4 + warp_])) {
+          queries_filled_(ptx::shared_address(&shared.queries_filled[number])),
+          queries_free_(ptx::shared_address(&shared.queries_free[number])),
+          merged_rows_(ptx::shared_address(shared.merged[number * 4 + warp()])) {
         if (consumers > 1 && number == consumers - 1) pass_turn();  // the first warpgroup has the first turn
     }
 
@@ -97,24 +109,27 @@ class Consumer {
         const bool has_rows = first_row < work.sequence.query_length * group;
         const Tiles block(work, group, work.first_row + block_rows);
         const Tiles own(work, group, first_row + group_rows);
-        load_queries(work, first_row);
+        await_queries(work, first_row);
         add_chunks(work, block, has_rows ? min(own.end, block.end) : block.first);
     }
 
   private:
-    __device__ __forceinline__ void load_queries(const Work& work, int first_row) const {
-        const u16* const queries = static_cast<const u16*>(params_.query);
-        const KeySequence& sequence = work.sequence;
-        if (config::few) meet();  // earlier rows have left the memory
-        QueryTile::load<head_dim, group_rows, warpgroup>(
-            query_, sequence.query_length * params_.group - first_row, threadIdx.x % warpgroup, [&](int row) {
-                const PackedRow packed(params_, work.key_head, first_row + row);
-                return queries + packed.offset(params_.query_strides, sequence.query_batch, sequence.query_start);
-            });
-        ptx::cp_async_commit();
-        ptx::cp_async_wait<0>();
-        ptx::fence_async_proxy();
-        meet();
+    __device__ __forceinline__ void await_queries(const Work& work, int first_row) {
+        if constexpr (fetches_queries) {
+            ptx::mbarrier_wait(queries_filled_, queries_parity_);
+            queries_parity_ ^= 1;
+        } else {
+            meet();  // earlier rows are not needed any more
+            copy_queries<QueryTile, head_dim, 16>(params_, work, first_row, warp() * 16, query_);
+            ptx::cp_async_commit();
+            ptx::cp_async_wait<0>();
+            ptx::fence_async_proxy();
+            meet();
+        }
+    }
+    // This warp's products with them are done.
+    __device__ __forceinline__ void release_queries() const {
+        if (fetches_queries && lane() == 0) ptx::mbarrier_arrive(queries_free_);
     }
 
     // Of the block's tiles those before `end` concern this warpgroup.
@@ -132,10 +147,13 @@ class Consumer {
             ptx::wgmma_wait<0>();
             ptx::wgmma_hold(score_);
             release(at_);
+            if (block.first + 1 == end) release_queries();
             at_ = at_.next();
             float rescale[2];
             weigh(work, block.first, seen_by_all, rescale);
             Products::pack(weight_, score_);
+        } else {
+            release_queries();
         }
 #pragma unroll 1
         for (int tile = block.first + 1; tile < end; ++tile) {
@@ -151,6 +169,7 @@ class Consumer {
             ptx::wgmma_wait<1>();
             ptx::wgmma_hold(score_);
             release(keys);
+            if (tile + 1 == end) release_queries();
             const bool starts_chunk = tile * key_tile == chunk_end;
             RowStatistics finished = rows_;
             if (starts_chunk) rows_.reset();
@@ -185,6 +204,11 @@ class Consumer {
             at_ = at_.next();
         }
         leave_rest(block, end);
+        finish(found_again(work), chunk);
+    }
+
+    // The last of this warpgroup's chunks is in out_ and rows_.
+    __device__ __forceinline__ void finish(const Work& work, int chunk) {
         if (!split || work.first_chunk == 0) {
             merged().fold(out_, rows_, chunk == 0);
             if (!split || work.end_chunk == work.chunks) {
@@ -200,9 +224,20 @@ class Consumer {
         }
     }
 
+    // The same work, not kept in registers over the chunks.
+    __device__ __forceinline__ Work found_again(const Work& known) const {
+        if constexpr (config::few) return known;
+        Work work;
+        tile_work<block_rows>(params_, call_.pieces, known.turn, lane(), work);
+        return work;
+    }
+
+    __device__ __forceinline__ static int lane() { return threadIdx.x & 31; }
+    __device__ __forceinline__ static int warp() { return threadIdx.x / 32 & 3; }  // of the warpgroup
+
     // This warp's first row.
     __device__ __forceinline__ int first_row_of(const Work& work) const {
-        return work.first_row + number_ * group_rows + warp_ * 16;
+        return work.first_row + number_ * group_rows + warp() * 16;
     }
 
     // Named barriers: each warpgroup's turn, and each warpgroup's own.
@@ -218,7 +253,7 @@ class Consumer {
         ptx::mbarrier_wait(ring_.filled + at_.slot * ptx::mbarrier_bytes, at_.parity);
     }
     __device__ __forceinline__ void release(const At& at) const {
-        if (lane_ == 0) ptx::mbarrier_arrive(ring_.free + at.slot * ptx::mbarrier_bytes);
+        if (lane() == 0) ptx::mbarrier_arrive(ring_.free + at.slot * ptx::mbarrier_bytes);
     }
     __device__ __forceinline__ void skip() {
         wait_filled();
@@ -268,22 +303,15 @@ class Consumer {
         if constexpr (split) {
             const int warp_row = first_row_of(work);
             const WarpRows warp{warp_row, 0, work.sequence.query_length * params_.group - warp_row};
-            store_partial<value_dim>(call_.call, work, warp, chunk, out_, rows, lane_);
+            store_partial<value_dim>(call_.call, work, warp, chunk, out_, rows, lane());
         }
     }
 
-    __device__ __forceinline__ void store(const Work& known) const {
-        meet();  // all warps' products with queries are done
-        Work work;
-        if (config::few) {
-            work = known;
-        } else {
-            tile_work<block_rows>(params_, call_.pieces, lane_, work);  // found again rather than kept in registers
-        }
+    __device__ __forceinline__ void store(const Work& work) const {
         const KeySequence& sequence = work.sequence;
         const int first = first_row_of(work);
-        store_rows<value_dim, OutTile, config::bfloat16>(
-            out_, rows_, query_ + warp_ * 16 * 128, min(16, sequence.query_length * params_.group - first),
+        store_rows<value_dim, config::bfloat16>(
+            out_, rows_, sequence.query_length * params_.group - first,
             [&](int row) {
                 const PackedRow packed(params_, work.key_head, first + row);
                 return static_cast<u16*>(params_.out) +
@@ -297,8 +325,8 @@ class Consumer {
 
     // Made anew for each use, rather than a pointer kept in registers.
     __device__ __forceinline__ Merged merged() const {
-        const i64 warp = (i64(blockIdx.x) * consumers + number_) * 4 + warp_;
-        return Merged(merged_rows_, call_.merged + warp * Merged::out_floats);
+        const i64 place = (i64(blockIdx.x) * consumers + number_) * 4 + warp();
+        return Merged(merged_rows_, call_.merged + place * Merged::out_floats);
     }
 
     __device__ __forceinline__ void multiply_keys() { Products::multiply_keys(score_, query_, slot()); }
@@ -319,11 +347,11 @@ class Consumer {
         }
         const int first_key = tile * key_tile;
         if (first_key + key_tile > seen_by_all) {
-            const int row = first_row_of(work) + lane_ / 4;
+            const int row = first_row_of(work) + lane() / 4;
             mask_scores(score_,
                         {work.sequence.visible_keys(row / params_.group) - first_key,
                          work.sequence.visible_keys((row + 8) / params_.group) - first_key},
-                        lane_);
+                        lane());
         }
         softmax_tile(score_, rows_, params_.factor, rescale);
     }
@@ -331,9 +359,9 @@ class Consumer {
     const ForwardSm90Params& call_;
     const ForwardParams& params_;
     const RingAddress ring_;
-    const int lane_, number_, warp_;
-    const u32 query_;
-    const u32 merged_rows_;
+    const int number_;
+    const u32 query_, queries_filled_, queries_free_, merged_rows_;
+    u32 queries_parity_ = 0;
     At at_;
     RowStatistics rows_;
     Products::Scores score_;
@@ -350,22 +378,47 @@ __device__ __forceinline__ void produce(const ForwardSm90Params& params, const R
     bool told = false;  // about the one group that starts here and ends in a later block
     At place;
     u32 landed_parity = 0;
-    for_each_work<block_rows>(params, lane, [&](const Work& work) {
-        const Tiles tiles(work, group, work.first_row + block_rows);
-        KeyCopies copies(params, work.sequence, work.key_head, ring, place, landed_parity, tiles.first);
-        fill_ring<ring_slots>(ring.free, place, tiles.first, tiles.end, copies);
-        copies.finish();
-        const bool goes_on = work.first_chunk == 0 && work.end_chunk < work.chunks;
-        if (leader && (goes_on || (partials.by_group && work.first_chunk == 0))) {
-            store_group(params.call, work, work.slot, block_rows, work.end_chunk, goes_on ? work.chunks : 0);
-            told = true;
-        }
-    });
-    if (config::few) {
-        if (leader && !told && !partials.by_group) store_group(params.call, Work{}, blockIdx.x, block_rows, 0, 0);
-    } else if (leader && !told && blockIdx.x % params.pieces == 0) {
-        store_group(params.call, Work{}, static_cast<int>(blockIdx.x / params.pieces), block_rows, 0, 0);
+    for_each_work<block_rows>(
+        params, lane,
+        [&](const Work& work) {
+            const Tiles tiles(work, group, work.first_row + block_rows);
+            KeyCopies copies(params, work.sequence, work.key_head, ring, place, landed_parity, tiles.first);
+            fill_ring<ring_slots>(ring.free, place, tiles.first, tiles.end, copies);
+            copies.finish();
+            const bool goes_on = work.first_chunk == 0 && work.end_chunk < work.chunks;
+            if (leader && (goes_on || (partials.by_group && work.first_chunk == 0))) {
+                store_group(params.call, work, work.slot, block_rows, work.end_chunk, goes_on ? work.chunks : 0);
+                told = true;
+            }
+        },
+        [&](u32 item) {
+            if (leader && item % params.pieces == 0) {
+                store_group(params.call, Work{}, static_cast<int>(item / params.pieces), block_rows, 0, 0);
+            }
+        });
+    if (config::few && leader && !told && !partials.by_group) {
+        store_group(params.call, Work{}, blockIdx.x, block_rows, 0, 0);
     }
+}
+
+// Fetches the queries of consumer `number` for all works of the block. By one warp.
+__device__ __forceinline__ void produce_queries(const ForwardSm90Params& params, SharedMemory& shared, int number,
+                                                int lane) {
+    const u32 query = ptx::shared_address(shared.query[number]);
+    const u32 filled = ptx::shared_address(&shared.queries_filled[number]),
+              free = ptx::shared_address(&shared.queries_free[number]);
+    u32 parity = 0;
+    for_each_work<block_rows>(params, lane, [&](const Work& work) {
+        ptx::mbarrier_wait(free, parity ^ 1);
+        parity ^= 1;
+        __syncwarp();  // all lanes have seen it, before one of them may begin the next turn
+        copy_queries<QueryTile, head_dim, group_rows>(params.call.forward, work, work.first_row + number * group_rows,
+                                                      0, query);
+        ptx::cp_async_commit();
+        ptx::cp_async_wait<0>();
+        ptx::fence_async_proxy();
+        ptx::mbarrier_arrive(filled);
+    });
 }
 
 extern "C" __global__ void __launch_bounds__(threads, 1)
@@ -374,13 +427,18 @@ extern "C" __global__ void __launch_bounds__(threads, 1)
     const int lane = threadIdx.x & 31;
     const RingAddress ring{ptx::shared_address(shared.ring), ptx::shared_address(shared.filled),
                            ptx::shared_address(shared.free), ptx::shared_address(&shared.landed)};
-    if (threadIdx.x == 0) ring.init(ring_slots, KeyCopies::arrivals, consumers * 4);
+    if (threadIdx.x == 0) init_barriers(shared, ring);
     __syncthreads();
     // the same for all lanes of a warp, and the compiler must know
-    const int number = __shfl_sync(all_lanes, threadIdx.x / warpgroup, 0);
+    const int warp = __shfl_sync(all_lanes, threadIdx.x / 32, 0);
+    const int number = warp / 4;
     if (number == 0) {
         if constexpr (moves_registers) ptx::release_registers<config::producer_registers>();
-        if (threadIdx.x < KeyCopies::threads) produce(params, ring, lane);
+        if (warp < KeyCopies::threads / 32) {
+            produce(params, ring, lane);
+        } else if (fetches_queries && warp <= consumers) {
+            produce_queries(params, shared, warp - 1, lane);
+        }
     } else {
         if constexpr (moves_registers) ptx::claim_registers<config::consumer_registers>();
         Consumer consumer(params, ring, shared, number - 1);

@@ -316,7 +316,7 @@ BUGS = {
     "more registers than there are": Bug(
         "claim_registers<240>",
         "claim_registers<248>",
-        r"more registers than there are: 248 \+ 248 \+ 24 for each thread of the warpgroups, of 512",
+        r"more registers than there are: 248 \+ 248 \+ 24 for each thread of the warpgroups, of 504",
     ),
     "a word is written while it is read": Bug(
         "            ptx::mbarrier_wait(read, (row + 1) % 2);\n",

@@ -11,8 +11,9 @@ ARCH = "sm_90a"
 DTYPES = ("float16", "bfloat16")
 #: Columns that one wgmma instruction of kernels_cu/ptx/wgmma.cuh gives.
 VALUE_COLUMNS = (64, 96, 128, 192, 256)
-#: A register file in units of one register of each of a warpgroup's 128 threads.
-REGISTERS = 512
+#: A register file, in registers; a thread's are allocated in units.
+REGISTERS = 65536
+REGISTER_UNIT = 8
 #: Larger head dims leave no registers to spare for finding out which rows come next.
 LARGEST_OF_FEW_ROWS = 128
 #: More slots than this do not hide more latency.
@@ -103,12 +104,14 @@ class ForwardSm90Config(KernelConfig):
 
     @property
     def producer_registers(self) -> int:
-        return 32 if self.paged else 24
+        return 40 if self.consumers == 2 else 32
 
     @property
     def consumer_registers(self) -> int:
-        """What the producer leaves, a multiple of 8."""
-        return (REGISTERS - self.producer_registers) // self.consumers // 8 * 8
+        """What the producer leaves of the registers that the block starts with."""
+        start = REGISTERS // self.threads // REGISTER_UNIT * REGISTER_UNIT
+        left = start * (1 + self.consumers) - self.producer_registers
+        return left // self.consumers // REGISTER_UNIT * REGISTER_UNIT
 
     @property
     def merged_floats(self) -> int:
@@ -122,10 +125,11 @@ class ForwardSm90Config(KernelConfig):
 
     def _bytes(self, consumers: int, merged_in_shared: bool, slots: int) -> int:
         """Queries, the ring, finished chunks and barriers."""
-        columns = max(tile_columns(self.head_dim), tile_columns(self.value_dim))
-        rows = (64 * consumers + slots * self.key_tile) * columns * 2
+        columns = tile_columns(self.head_dim), tile_columns(self.value_dim)
+        rows = (64 * consumers * columns[0] + slots * self.key_tile * max(columns)) * 2
         merged = 64 * consumers * (self.value_columns * merged_in_shared + 2) * 4
-        return -(-(rows + merged + (2 * slots + 1) * 8) // 1024) * 1024
+        barriers = 2 * slots + 1 + 2 * consumers
+        return -(-(rows + merged + 8 * barriers) // 1024) * 1024
 
     @functools.cached_property
     def _shape(self) -> tuple[int, bool, int]:

@@ -1,5 +1,5 @@
-// What a block of forward_sm90 computes. For few rows any range of the chunks of any rows (work.cuh); for many rows one tile
-// of rows, with all of their chunks or, where several blocks share a tile, a piece of them.
+// What a block of forward_sm90 computes. For few rows any range of the chunks of any rows (work.cuh); for many rows some of
+// the items: a tile of rows with all of their chunks or, where blocks share a tile, a piece of them.
 #pragma once
 
 #include <attn/params.cuh>
@@ -25,17 +25,25 @@ struct Tiles {
     }
 };
 
-// A block's tile of tile_rows rows, or its piece; false if there are no such rows, or no chunks in it.
+// The block's item in a turn; where blocks share tiles each has one. Blocks go through the items forth and back: long rows and short ones, of which the first are
+// long, even out.
+__device__ __forceinline__ u32 item_of(u32 turn) {
+    return turn * gridDim.x + (turn & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+}
+
+// The block's item in turn `turn`, of tiles of tile_rows rows; false if there are no such rows, or no chunks in it.
 template <int tile_rows>
-__device__ __forceinline__ bool tile_work(const ForwardParams& params, int pieces, int lane, Work& work) {
+__device__ __forceinline__ bool tile_work(const ForwardParams& params, int pieces, u32 turn, int lane, Work& work) {
     const int group = params.group;
-    const u32 tile = config::split ? blockIdx.x / pieces : blockIdx.x;
+    const u32 item = item_of(turn);
+    const u32 tile = config::split ? item / pieces : item;
     const Place<tile_rows, config::causal, config::ragged, config::paged> place(params, params.query_heads / group,
                                                                                 group, lane, tile);
     work.sequence = place;
     work.key_head = place.head;
     work.first_row = place.first_row;
     work.slot = static_cast<int>(tile);
+    work.turn = turn;
     work.first_chunk = 0;
     work.chunks = work.end_chunk = max(1, config::chunk_count(place.key_length));
     if (config::ragged && (!place.has_rows(group) || i64(place.query_length) * group <= params.sequences.few_rows)) {
@@ -44,7 +52,7 @@ __device__ __forceinline__ bool tile_work(const ForwardParams& params, int piece
     if constexpr (config::split) {
         // Pieces of equal numbers of tiles: each has the chunks that start in it, and the first one has the first chunk.
         const int tiles = Tiles::seen(work, group, place.first_row + tile_rows);
-        const int piece = static_cast<int>(blockIdx.x % pieces);
+        const int piece = static_cast<int>(item % pieces);
         const auto start = [&](int number) {
             return max(1, config::chunk_count(static_cast<int>(i64(tiles) * number / pieces) * config::key_tile));
         };
@@ -56,16 +64,29 @@ __device__ __forceinline__ bool tile_work(const ForwardParams& params, int piece
     return true;
 }
 
-// Calls attend(work) for all that this block computes.
-template <int tile_rows, class Attend>
-__device__ __forceinline__ void for_each_work(const ForwardSm90Params& params, int lane, const Attend& attend) {
+// Calls attend(work) for all that this block computes, and pass(item) for items in which there is nothing to do.
+template <int tile_rows, class Attend, class Pass>
+__device__ __forceinline__ void for_each_work(const ForwardSm90Params& params, int lane, const Attend& attend,
+                                              const Pass& pass) {
     Work work;
     if constexpr (config::few) {
         Ranges<tile_rows> ranges(params.call, lane);
         while (ranges.next(work)) attend(work);
     } else {
-        if (tile_work<tile_rows>(params.call.forward, params.pieces, lane, work)) attend(work);
+        u32 turn = 0;
+        do {
+            if (tile_work<tile_rows>(params.call.forward, params.pieces, turn, lane, work)) {
+                attend(work);
+            } else {
+                pass(item_of(turn));
+            }
+        } while (!config::split && item_of(++turn) < u32(params.items));
     }
+}
+
+template <int tile_rows, class Attend>
+__device__ __forceinline__ void for_each_work(const ForwardSm90Params& params, int lane, const Attend& attend) {
+    for_each_work<tile_rows>(params, lane, attend, [](u32) {});
 }
 
 }  // namespace cuattn

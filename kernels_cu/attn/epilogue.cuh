@@ -2,7 +2,6 @@
 #pragma once
 
 #include <attn/softmax.cuh>
-#include <attn/tile.cuh>
 #include <common/logarithm.cuh>
 #include <common/types.cuh>
 #include <ptx/math.cuh>
@@ -41,35 +40,50 @@ __device__ __forceinline__ void store_pair(void* out, i64 element, float low, fl
     }
 }
 
-// Writes a warp's 16 rows. out[b][c]: column 8 b + 2 (lane % 4) + c % 2 of row lane / 4 + 8 (c / 2). `scratch`: 16 rows
-// of a tile of the kind Rows, the warp's own shared memory, through which rows are regrouped into 16-byte stores. Row r goes
-// to row_out(r), its LSE to row_lse(r); of the rows the first `valid` exist, 16 at most.
-template <int head_dim, class Rows, bool bfloat16, int blocks, class RowOut, class RowLse>
-__device__ __forceinline__ void store_rows(const float (&out)[blocks][4], const RowStatistics& rows, u32 scratch,
-                                           int valid, const RowOut& row_out, const RowLse& row_lse) {
+// Of four lanes, lane t gives word u to lane u and gets that one's word t.
+__device__ __forceinline__ void transpose_quad(u32 (&word)[4]) {
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2) {
+        const bool upper = threadIdx.x & step;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if (i & step) continue;
+            const u32 got = __shfl_xor_sync(all_lanes, upper ? word[i] : word[i + step], step);
+            word[i] = upper ? got : word[i];
+            word[i + step] = upper ? word[i + step] : got;
+        }
+    }
+}
+
+// Writes a warp's 16 rows. out[b][c]: column 8 b + 2 (lane % 4) + c % 2 of row lane / 4 + 8 (c / 2). Row r goes to row_out(r),
+// its LSE to row_lse(r); of the rows the first `valid` exist. A lane stores 16 bytes at a time: every fourth block of columns.
+template <int head_dim, bool bfloat16, int blocks, class RowOut, class RowLse>
+__device__ __forceinline__ void store_rows(const float (&out)[blocks][4], const RowStatistics& rows, int valid,
+                                           const RowOut& row_out, const RowLse& row_lse) {
     constexpr int units = head_dim / 8;
     const int lane = threadIdx.x & 31;
-    __syncwarp();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int row = lane / 4 + 8 * half;
         const float scale = normalisation(rows.reference[half], rows.sum[half]);
+        u16* const to = row_out(row);
 #pragma unroll
-        for (int b = 0; b < units; ++b) {
-            ptx::store_shared_u32(scratch + Rows::offset(row, b) + 4 * (lane & 3),
-                                  ptx::pack_16bit<bfloat16>(normalised(out[b][2 * half], scale),
-                                                            normalised(out[b][2 * half + 1], scale)));
+        for (int first = 0; first < units; first += 4) {
+            u32 pair[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int b = first + i < units ? first + i : 0;
+                pair[i] = ptx::pack_16bit<bfloat16>(normalised(out[b][2 * half], scale),
+                                                    normalised(out[b][2 * half + 1], scale));
+            }
+            transpose_quad(pair);
+            const int unit = first + (lane & 3);
+            if (row < valid && unit < units) {
+                ptx::store_global_u32x4(to + unit * 8, make_uint4(pair[0], pair[1], pair[2], pair[3]));
+            }
         }
         if ((lane & 3) == 0 && row < valid) {
             ptx::store_global_f32(row_lse(row), log_sum_exp(rows.reference[half], rows.sum[half]));
-        }
-    }
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < 16 * units; i += 32) {
-        const int row = (i + lane) / units, unit = (i + lane) % units;
-        if (row < valid) {
-            ptx::store_global_u32x4(row_out(row) + unit * 8, ptx::load_shared_u32x4(scratch + Rows::offset(row, unit)));
         }
     }
 }

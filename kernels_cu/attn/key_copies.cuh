@@ -4,6 +4,7 @@
 
 #include <attn/params.cuh>
 #include <attn/ring.cuh>
+#include <attn/row_copies.cuh>
 #include <attn/tile.cuh>
 #include <common/types.cuh>
 #include <ptx/cp_async.cuh>
@@ -117,13 +118,13 @@ class RowCopies {
     __device__ __forceinline__ void operator()(const RingPlace<slots>& place, bool values, int tile) {
         const u32 to = ring_.slots + place.slot * slot_bytes;
         if (values) {
-            copy_rows<ValueTile, value_dim>(to, params_.value, params_.value_strides, tile, value_page_);
+            copy<ValueTile, value_dim>(to, params_.value, params_.value_strides, tile, value_page_);
             value_page_ = key_page_;
         } else {
             value_page_ = started_ == 0 ? next_page_ : key_page_;
             key_page_ = next_page_;
             next_page_ = page_of_tile(tile + 1);
-            copy_rows<KeyTile, head_dim>(to, params_.key, params_.key_strides, tile, key_page_);
+            copy<KeyTile, head_dim>(to, params_.key, params_.key_strides, tile, key_page_);
         }
         ptx::cp_async_commit();
         if (++started_ > lag) announce<lag>();
@@ -139,7 +140,6 @@ class RowCopies {
     // Steps under way while the next one's copies start; a slot becomes free only after the step behind its own is filled.
     static constexpr int lag = slots > 3 ? 2 : slots - 2;
     static constexpr int warp_rows = tile_rows / 4;
-    static constexpr int unit = 8;  // elements
 
     __device__ __forceinline__ int key_of(int tile) const { return tile * tile_rows + first_row_ + lane_; }
 
@@ -150,19 +150,12 @@ class RowCopies {
     }
 
     template <class Tile, int columns>
-    __device__ __forceinline__ void copy_rows(u32 to, const void* data, const Strides& strides, int tile,
-                                              int page) const {
-        const int place = static_cast<int>(sequence_.offset_in(params_.sequences, strides, key_of(tile), page) / unit);
-        const int valid = sequence_.key_length - tile * tile_rows;
-        const u16* const head = sequence_.start_of(static_cast<const u16*>(data), strides, sequence_.key_batch,
-                                                   key_head_, sequence_.key_start);
-#pragma unroll 2
-        for (int i = 0; i < warp_rows * Tile::units; i += 32) {
-            const int row = (i + lane_) / Tile::units, column = (i + lane_) % Tile::units;
-            const i64 row_place = __shfl_sync(0xffffffffu, place, row);
-            ptx::cp_async_16(to + Tile::offset(first_row_ + row, column), head + (row_place + column) * unit,
-                             first_row_ + row < valid && column < columns / unit);
-        }
+    __device__ __forceinline__ void copy(u32 to, const void* data, const Strides& strides, int tile, int page) const {
+        const i64 place = sequence_.offset_in(params_.sequences, strides, key_of(tile), page) / row_unit;
+        copy_rows<Tile, columns, warp_rows>(to, first_row_, sequence_.key_length - tile * tile_rows,
+                                            sequence_.start_of(static_cast<const u16*>(data), strides,
+                                                               sequence_.key_batch, key_head_, sequence_.key_start),
+                                            static_cast<int>(place));
     }
 
     // Of the steps that have not been announced, the oldest is filled when at most `pending` newer ones are not.

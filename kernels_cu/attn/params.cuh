@@ -72,7 +72,9 @@ struct ForwardSm90Params {
     TensorMap key_map, value_map;  // boxes of a tile's rows and 64 columns; unused where keys are looked up in tables
     SplitParams call;
     float* merged;  // (blocks, warps, ...): workspace for finished chunks that do not fit into shared memory, or null
-    int pieces;     // blocks that share a tile of rows, where the kernel is for many
+    // where the kernel is for many rows:
+    int pieces;  // that the chunks of a tile of rows are cut into
+    int items;   // pieces of all tiles, which the blocks share
 };
 
 struct CombineParams {

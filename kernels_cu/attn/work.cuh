@@ -17,6 +17,7 @@ struct Work {
     int key_head, first_row;
     int first_chunk, end_chunk, chunks;
     int slot;  // of the workspace
+    u32 turn;  // in which the block has it (block_work.cuh)
 };
 
 __device__ __forceinline__ i64 warp_sum(i64 x) {

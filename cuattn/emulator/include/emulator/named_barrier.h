@@ -67,7 +67,11 @@ inline void set_registers(const char* what, int registers) {
 
 // What is wrong with the registers that the block's warps have asked for; empty where nothing is.
 inline std::string register_error() {
-    constexpr int all = 64 * 1024 / 128;  // for each thread of a warpgroup, if it were alone
+    // What the block starts with, for each thread of a warpgroup if it were alone: a thread's come in units of 8, and what
+    // these leave of the register file cannot be asked for.
+    const int warpgroups = static_cast<int>(block->warpgroup.size());
+    if (warpgroups == 0) return {};
+    const int all = 64 * 1024 / (128 * warpgroups) / 8 * 8 * warpgroups;
     std::string counts;
     int sum = 0;
     for (const Warpgroup& group : block->warpgroup) {
