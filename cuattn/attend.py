@@ -42,7 +42,7 @@ class Attend:
         self.problem = problem
         self.target = target
         self.tables = tables
-        self.outputs = {"out": out, "lse": lse} if out and lse else {}
+        self.outputs = outputs_of(out, lse)
         self.key_length = problem.key_length if total_keys is None else total_keys
         self.paged = problem.paged or bool(tables)
         self.packed = problem.sequences is not None and problem.sequences.query_starts is not None
@@ -245,6 +245,11 @@ class Attend:
         if self.problem.sequences:
             return sequence_arrays(self.problem.sequences, self.problem.key)
         return SequenceArrays(count=self.problem.batch)
+
+
+def outputs_of(out: Tensor | None, lse: Tensor | None) -> dict[str, Tensor]:
+    """Those that there are, by name."""
+    return {name: tensor for name, tensor in (("out", out), ("lse", lse)) if tensor}
 
 
 def spread(groups: int, splits: int, blocks: int) -> int:

@@ -18,11 +18,11 @@ EMULATED_PROCESSORS = 3
 Partials = tuple[Tensor, Tensor, Tensor]
 
 
-def execute(problem: Problem, out: Tensor, lse: Tensor) -> None:
-    """Attention into ``out`` and ``lse``, both with the axes (batch, head, token, ...), the LSE contiguous."""
+def execute(problem: Problem, out: Tensor, lse: Tensor | None) -> None:
+    """Attention into ``out`` and, if it is asked for, ``lse``, axes (batch, head, token, ...), the LSE contiguous."""
     backend = _backend(problem.query)
     if backend.name == "reference":
-        reference.forward(problem, out, lse)
+        reference.forward(problem, out, lse or _allocator(out)(problem.lse_shape, "float32"))
         return
     target = _target(backend, problem.query)
     _run(backend, plan_forward(problem, out, lse, target, _allocator(problem.query)), problem.query)
@@ -57,11 +57,11 @@ def execute_partials(problem: Problem, partials: Partials, first_chunk: int, tot
     _run(backend, [plan_partials(problem, _named(partials), first_chunk, total_keys, target)], problem.query)
 
 
-def execute_combine(shards: Sequence[Partials], out: Tensor, lse: Tensor) -> None:
+def execute_combine(shards: Sequence[Partials], out: Tensor, lse: Tensor | None) -> None:
     """The fold over partial results of shards in ascending order; out (batch, head, token, column)."""
     backend = _backend(out)
     if backend.name == "reference":
-        reference.combine(shards, out, lse)
+        reference.combine(shards, out, lse or _allocator(out)(out.shape[:3], "float32"))
         return
     parts = [_named(shard) for shard in shards]
     _run(backend, plan_combine(parts, out, lse, _target(backend, out), _allocator(out)), out)

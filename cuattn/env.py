@@ -13,8 +13,8 @@ CACHE_DIR = "CUATTN_CACHE_DIR"
 COMPILER = "CXX"
 #: "1": lengths and pages that lie on a GPU are read and checked before a launch, which waits for the GPU. Default "0".
 CHECK = "CUATTN_CHECK"
-#: The compilation target of kernels, of the device's compute capability, in place of the device's own: "sm_90a" on a
-#: Hopper GPU chooses the kernels made for it alone.
+#: The compilation target of kernels, of the device's compute capability, in place of the device's own: "sm_90" on a
+#: Hopper GPU chooses the kernels that newer GPUs have, too, with the same bits.
 ARCH = "CUATTN_ARCH"
 
 VARIABLES = (BACKEND, KERNEL_DIR, CACHE_DIR, COMPILER, CHECK, ARCH)

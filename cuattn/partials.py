@@ -81,7 +81,7 @@ def combine(
     """
     call = check_combine(partials, dtype, layout)
 
-    def compute(result: Tensor, lse: Tensor) -> None:
+    def compute(result: Tensor, lse: Tensor | None) -> None:
         dispatch.execute_combine(call.parts, result, lse)
 
     return fill(_output_of(call, layout), compute, out, return_lse)

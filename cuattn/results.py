@@ -10,10 +10,11 @@ from cuattn.interop import Tensor
 from cuattn.problem import Gradients, Problem, Upstream, in_kernel_axes
 
 
-def fill(output: Output, compute: Callable[[Tensor, Tensor], None], out: Any, return_lse: bool) -> Any:
+def fill(output: Output, compute: Callable[[Tensor, Tensor | None], None], out: Any, return_lse: bool) -> Any:
     """The output, ``out`` if it is given, or ``(output, lse)``.
 
-    ``compute`` fills the output, in kernel axes, and the LSE; it is not called if the two have no element.
+    ``compute`` fills the output, in kernel axes, and the LSE where it is asked for; it is not called if the two have no
+    element.
     """
     name, like = output.first
     framework = like.framework
@@ -23,14 +24,14 @@ def fill(output: Output, compute: Callable[[Tensor, Tensor], None], out: Any, re
         result = in_kernel_axes(made, output.layout)
     else:
         result = check_out(out, output)
-    lse = framework.empty(output.lse_shape, "float32", like.device, like)
-    if 0 not in lse.shape:
+    lse = framework.empty(output.lse_shape, "float32", like.device, like) if return_lse else None
+    if 0 not in output.lse_shape:
         compute(result, lse)
         if out is not None:
             framework.written(result)
     if out is None:
         out = framework.export(made, like)
-    return (out, framework.export(lse, like)) if return_lse else out
+    return out if lse is None else (out, framework.export(lse, like))
 
 
 def attend(problem: Problem, out: Any, return_lse: bool) -> Any:

@@ -2,7 +2,7 @@
 
 from cuattn import config as configs
 from cuattn import contract
-from cuattn.attend import Attend, partial_params, partial_tensors
+from cuattn.attend import Attend, outputs_of, partial_params, partial_tensors
 from cuattn.interop import Tensor
 from cuattn.launches import LARGEST_GRID, Allocate, Launch, Target, sequence_arrays, strides_of
 from cuattn.params import AppendParams, CombineParams, ForwardParams, ScanParams
@@ -12,7 +12,7 @@ from cuattn.problem import Append, Problem, Sequences
 FEW_ROWS = 64
 
 
-def plan_forward(problem: Problem, out: Tensor, lse: Tensor, target: Target, allocate: Allocate) -> list[Launch]:
+def plan_forward(problem: Problem, out: Tensor, lse: Tensor | None, target: Target, allocate: Allocate) -> list[Launch]:
     """Attention, with what must run before it. ``lse`` is contiguous (batch, query heads, query length)."""
     launches: list[Launch] = []
     if problem.append and problem.sequences:
@@ -47,7 +47,7 @@ def plan_partials(
 
 
 def plan_combine(
-    shards: list[dict[str, Tensor]], out: Tensor, lse: Tensor, target: Target, allocate: Allocate
+    shards: list[dict[str, Tensor]], out: Tensor, lse: Tensor | None, target: Target, allocate: Allocate
 ) -> list[Launch]:
     """The fold over the partial results of shards in ascending order, as in `plan_partials`, into ``out`` (batch, query
     heads, query length, value dim) and ``lse``.
@@ -56,7 +56,12 @@ def plan_combine(
     rows = batch * heads * length
     config = configs.CombineConfig(value_dim, out.dtype, target.arch)
     forward = ForwardParams(
-        out=out.pointer, lse=lse.pointer, out_strides=strides_of(out), query_heads=heads, group=1, query_length=length
+        out=out.pointer,
+        lse=lse.pointer if lse else None,
+        out_strides=strides_of(out),
+        query_heads=heads,
+        group=1,
+        query_length=length,
     )
     carried = partial_tensors(1, rows, value_dim, allocate) if len(shards) > 1 else {}
     launches = []
@@ -71,7 +76,7 @@ def plan_combine(
         )
         inputs = {f"partials.{name}": tensor for name, tensor in shard.items()}
         scratch = {f"carried.{name}": tensor for name, tensor in carried.items()}
-        outputs = {"out": out, "lse": lse} if last else {}
+        outputs = outputs_of(out, lse) if last else {}
         launches.append(Launch(config, rows, params, inputs, outputs, scratch=scratch))
     return launches
 

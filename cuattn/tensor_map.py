@@ -21,7 +21,7 @@ MAGIC = 0x63756174746E6D70
 
 #: CUtensorMapDataType in cuda.h, and the other constants of a map there.
 _DATA_TYPES = {"float16": 6, "bfloat16": 9}
-_INTERLEAVE_NONE, _SWIZZLE_128B, _L2_PROMOTION_256B, _OUT_OF_BOUNDS_ZERO = 0, 3, 3, 0
+_INTERLEAVE_NONE, _SWIZZLE_128B, _L2_PROMOTION_128B, _OUT_OF_BOUNDS_ZERO = 0, 3, 2, 0
 _ITEMSIZE = 2
 _UNIT = 16
 _LARGEST_EXTENT = 2**32
@@ -123,7 +123,7 @@ def encode(tensor_map: TensorMap) -> bytes:
         (ctypes.c_uint32 * rank)(*(1,) * rank),
         _INTERLEAVE_NONE,
         _SWIZZLE_128B,
-        _L2_PROMOTION_256B,
+        _L2_PROMOTION_128B,
         _OUT_OF_BOUNDS_ZERO,
     )
     if code:

@@ -108,7 +108,8 @@ extern "C" __global__ void __launch_bounds__(config::threads) combine(const __gr
     };
     store(0, merged.out.x, merged.out.y);
     store(2, merged.out.z, merged.out.w);
-    if (column == 0) ptx::store_global_f32(forward.lse + lse_index, log_sum_exp(merged.reference, merged.sum));
+    if (forward.lse && column == 0)
+        ptx::store_global_f32(forward.lse + lse_index, log_sum_exp(merged.reference, merged.sum));
 }
 
 }  // namespace cuattn

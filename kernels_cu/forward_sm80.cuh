@@ -170,7 +170,7 @@ extern "C" __global__ void __launch_bounds__(threads, config::blocks_per_multipr
     u16* const row_out =
         end.start_of(static_cast<u16*>(params.out), params.out_strides, end.query_batch, end.head, first_row);
     store_rows<head_dim, config::bfloat16>(
-        out, rows, end.query_length - warp_row,
+        out, rows, end.query_length - warp_row, params.lse != nullptr,
         [&](int row) { return row_out + row * params.out_strides.token; },
         [&](int row) { return params.lse + lse_row + row; });
 }

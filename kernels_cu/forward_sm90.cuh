@@ -67,7 +67,8 @@ static_assert(QueryTile::row_bytes <= 1024 && sizeof(u64) == ptx::mbarrier_bytes
 
 template <bool by_rows>
 struct Copies {
-    using Type = BoxCopies<KeyTile, ValueTile, key_tile, slot_elements * 2, ring_slots, config::ragged, KeySequence>;
+    using Type = BoxCopies<KeyTile, ValueTile, key_tile, slot_elements * 2, ring_slots, config::ragged, config::few,
+                           KeySequence>;
 };
 template <>
 struct Copies<true> {
@@ -311,7 +312,7 @@ class Consumer {
         const KeySequence& sequence = work.sequence;
         const int first = first_row_of(work);
         store_rows<value_dim, config::bfloat16>(
-            out_, rows_, sequence.query_length * params_.group - first,
+            out_, rows_, sequence.query_length * params_.group - first, params_.lse != nullptr,
             [&](int row) {
                 const PackedRow packed(params_, work.key_head, first + row);
                 return static_cast<u16*>(params_.out) +

@@ -29,20 +29,20 @@ def having(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
 def test_every_compute_capability_has_one_target_of_its_own() -> None:
     assert tuple(str(capability(arch)) for arch in OWN_ARCHITECTURES) == CAPABILITIES
     assert [architecture_of(number) for number in CAPABILITIES] == list(OWN_ARCHITECTURES)
-    assert architecture_of("90") == "sm_90"
-    assert set(ARCHITECTURES) - set(OWN_ARCHITECTURES) == {"sm_90a"}
+    assert architecture_of("90") == "sm_90a"
+    assert set(ARCHITECTURES) - set(OWN_ARCHITECTURES) == {"sm_90"}
     with pytest.raises(NotImplementedError, match="device: got compute capability 75, expected one of sm_80, "):
         architecture_of("75")
 
 
 def test_the_variable_is_read_at_each_use(having: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
     having("90")
-    assert devices.device_architecture(0) == "sm_90"
+    assert devices.device_architecture(0) == "sm_90a"
     for named in ("sm_90", "sm_90a"):
         monkeypatch.setenv(env.ARCH, named)
         assert devices.device_architecture(0) == named
     monkeypatch.setenv(env.ARCH, "")
-    assert devices.device_architecture(0) == "sm_90"
+    assert devices.device_architecture(0) == "sm_90a"
 
 
 @pytest.mark.parametrize(

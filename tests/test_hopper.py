@@ -209,6 +209,10 @@ class Asked:
             dispatch.emulator.run = whole
 
 
+#: More tiles of rows than an emulated device has multiprocessors.
+MANY_TILES = ManyRows(len_q=900, len_k=900, head_dim=128, arch="sm_90a")
+
+
 class Bug(NamedTuple):
     file: str
     old: str
@@ -243,7 +247,31 @@ BUGS = {
         f"{UNORDERED}|more than 1 arrivals",
     ),
     "queries are hidden from the products": Bug(
-        KERNEL, "        ptx::fence_async_proxy();\n        meet();", "        meet();", "asynchronous proxy"
+        KERNEL,
+        "        ptx::fence_async_proxy();\n        ptx::mbarrier_arrive(filled);",
+        "        ptx::mbarrier_arrive(filled);",
+        "asynchronous proxy",
+    ),
+    "queries that consumers fetch are hidden from the products": Bug(
+        KERNEL,
+        "            ptx::fence_async_proxy();\n            meet();",
+        "            meet();",
+        "asynchronous proxy",
+        Asked(holes=True),
+    ),
+    "the next queries come too early": Bug(
+        KERNEL, "        ptx::mbarrier_wait(free, parity ^ 1);\n", "", UNORDERED, MANY_TILES
+    ),
+    "queries are given back too early": Bug(
+        KERNEL,
+        "            release(keys);\n            if (tile + 1 == end) release_queries();",
+        "            release(keys);\n            if (tile + 2 == end) release_queries();",
+        f"{UNORDERED}|deadlock",
+        MANY_TILES,
+    ),
+    "queries are never given back": Bug(KERNEL, "if (tile + 1 == end) release_queries();", "", "deadlock", MANY_TILES),
+    "a block leaves out its second tile": Bug(
+        "attn/block_work.cuh", "item_of(++turn) <", "item_of(turn += 2) <", "were not written", MANY_TILES
     ),
     "products without their fence": Bug(
         KERNEL,

@@ -272,7 +272,7 @@ def test_precompile_of_values_with_a_head_dim_of_their_own(folder: Path) -> None
 def test_precompile_takes_the_devices_at_hand_or_all_that_nvrtc_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "device_count", lambda: 0)
     monkeypatch.setattr(compiler, "known_architectures", lambda: frozenset({80, 90}))
-    assert kernels._default_architectures() == ["sm_80", "sm_90"]
+    assert kernels._default_architectures() == ["sm_80", "sm_90a"]
     monkeypatch.setattr(kernels, "device_count", lambda: 2)
     monkeypatch.setattr(kernels, "device_architecture", lambda index: ["sm_120", "sm_89"][index])
     assert kernels._default_architectures() == ["sm_120", "sm_89"]

@@ -21,11 +21,10 @@ ARCHITECTURES = {
     "sm_120": 99 * 1024,
     "sm_121": 99 * 1024,
 }
-#: Hopper: without what it alone has, and with it. Kernels for the latter have only been emulated so far, and therefore
-#: run only where CUATTN_ARCH asks for them.
+#: Hopper: without what it alone has, and with it. The former runs only where CUATTN_ARCH asks for it, for comparisons.
 HOPPER = ("sm_90", "sm_90a")
 #: The target of each compute capability.
-OWN_ARCHITECTURES = tuple(arch for arch in ARCHITECTURES if arch != "sm_90a")
+OWN_ARCHITECTURES = tuple(arch for arch in ARCHITECTURES if arch != "sm_90")
 
 
 def capability(arch: str) -> int:

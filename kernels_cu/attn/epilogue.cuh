@@ -56,10 +56,10 @@ __device__ __forceinline__ void transpose_quad(u32 (&word)[4]) {
 }
 
 // Writes a warp's 16 rows. out[b][c]: column 8 b + 2 (lane % 4) + c % 2 of row lane / 4 + 8 (c / 2). Row r goes to row_out(r),
-// its LSE to row_lse(r); of the rows the first `valid` exist. A lane stores 16 bytes at a time: every fourth block of columns.
+// its LSE to row_lse(r) where `has_lse`; of the rows the first `valid` exist. A lane stores 16 bytes at a time: every fourth block of columns.
 template <int head_dim, bool bfloat16, int blocks, class RowOut, class RowLse>
 __device__ __forceinline__ void store_rows(const float (&out)[blocks][4], const RowStatistics& rows, int valid,
-                                           const RowOut& row_out, const RowLse& row_lse) {
+                                           bool has_lse, const RowOut& row_out, const RowLse& row_lse) {
     constexpr int units = head_dim / 8;
     const int lane = threadIdx.x & 31;
 #pragma unroll
@@ -82,7 +82,7 @@ __device__ __forceinline__ void store_rows(const float (&out)[blocks][4], const 
                 ptx::store_global_u32x4(to + unit * 8, make_uint4(pair[0], pair[1], pair[2], pair[3]));
             }
         }
-        if ((lane & 3) == 0 && row < valid) {
+        if (has_lse && (lane & 3) == 0 && row < valid) {
             ptx::store_global_f32(row_lse(row), log_sum_exp(rows.reference[half], rows.sum[half]));
         }
     }

@@ -14,8 +14,9 @@
 
 namespace cuattn {
 
-// By one warp, of which one lane speaks to the copy engine.
-template <class KeyTile, class ValueTile, int tile_rows, int slot_bytes, int slots, bool ragged, class KeySequence>
+// By one warp, of which one lane speaks to the copy engine. `once`: no other block reads the same keys.
+template <class KeyTile, class ValueTile, int tile_rows, int slot_bytes, int slots, bool ragged, bool once,
+          class KeySequence>
 class BoxCopies {
   public:
     static constexpr int threads = 32, arrivals = 1;
@@ -72,7 +73,8 @@ class BoxCopies {
         const int row = sequence_.key_start + tile * tile_rows;
 #pragma unroll
         for (int unit = 0; unit < Tile::units; unit += 8) {
-            ptx::tma_load_4d(to + Tile::offset(0, unit), map, unit * 8, row, key_head_, sequence_.key_batch, barrier);
+            ptx::tma_load_4d<once>(to + Tile::offset(0, unit), map, unit * 8, row, key_head_, sequence_.key_batch,
+                                   barrier);
         }
     }
 

@@ -36,7 +36,7 @@ __device__ __forceinline__ void store_output(const ForwardParams& params, const 
                                               normalised(out[b][2 * half + 1], scale));
             }
         }
-        if (warp.first_column == 0 && (lane & 3) == 0) {
+        if (params.lse && warp.first_column == 0 && (lane & 3) == 0) {
             ptx::store_global_f32(params.lse + packed.index(params, sequence.query_batch, sequence.query_start),
                                   log_sum_exp(rows.reference[half], rows.sum[half]));
         }

@@ -13,14 +13,29 @@ __device__ __forceinline__ void tma_prefetch(const TensorMap& map) {
 }
 
 // Copies the map's box at the given coordinates to the shared address `to`; what lies outside of the tensor becomes zeros.
-// The bytes of the whole box count at `barrier`. By one thread.
+// The bytes of the whole box count at `barrier`. `once`: nobody reads it again soon, and the L2 cache need not keep it. By one
+// thread.
+template <bool once = false>
 __device__ __forceinline__ void tma_load_4d(u32 to, const TensorMap& map, int x, int y, int z, int w, u32 barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, "
-        "%5}], "
-        "[%6];" ::"r"(to),
-        "l"(&map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier)
-        : "memory");
+    if constexpr (once) {
+        asm volatile(
+            "{\n"
+            ".reg .b64 policy;\n"
+            "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+            "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+            "[%1, "
+            "{%2, %3, %4, %5}], [%6], policy;\n"
+            "}" ::"r"(to),
+            "l"(&map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier)
+            : "memory");
+    } else {
+        asm volatile(
+            "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, "
+            "%5}], "
+            "[%6];" ::"r"(to),
+            "l"(&map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier)
+            : "memory");
+    }
 }
 
 // Makes this thread's earlier stores to shared memory visible to wgmma and the copy engine, for those threads that a barrier

@@ -9,6 +9,7 @@ namespace cuattn::ptx {
 
 inline void tma_prefetch(const TensorMap& map) { emulator::Tensor4d{map}; }
 
+template <bool once = false>
 inline void tma_load_4d(u32 to, const TensorMap& map, int x, int y, int z, int w, u32 barrier) {
     emulator::start_box(to, map, {x, y, z, w}, barrier);
 }
