@@ -25,6 +25,7 @@ def add_providers(parser: argparse.ArgumentParser, peers: Sequence[str]) -> None
 def add_files(parser: argparse.ArgumentParser, *, plot: bool = True) -> None:
     """--csv and, where there are rates against lengths, --plot."""
     parser.add_argument("--csv", type=Path, metavar="FILE", help="file to write the rows to")
+    parser.set_defaults(plot=None)
     if plot:
         parser.add_argument("--plot", type=folder, metavar="FOLDER", help="folder to draw the rates into")
 

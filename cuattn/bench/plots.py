@@ -20,6 +20,7 @@ from cuattn.bench.peers import OWN, PEERS
 from cuattn.errors import MissingDependencyError
 
 FORMATS = ("svg", "png")
+NOTHING = "nothing to draw: got no rates, expected some of two lengths or more"
 #: Colours that are told apart with any sight, by Okabe and Ito; the first is cuattn's, then those of the peers.
 COLOURS = ("#000000", "#d55e00", "#0072b2", "#009e73", "#999999", "#e69f00", "#cc79a7", "#56b4e9", "#8b6f1d")
 MARKERS = "osD^vXP*h"
@@ -43,15 +44,12 @@ def import_matplotlib() -> Any:
 
 
 def draw(rows: Iterable[Row], to: Path) -> list[Path]:
-    """Draws the rows of a benchmark into a folder; returns the files. Raises ValueError if there is nothing to draw."""
+    """Draws the rows of a benchmark into a folder; returns the files: none where no rates have two lengths."""
     matplotlib = import_matplotlib()
-    found = pictures(rows)
-    if not found:
-        raise ValueError("rows: got no rates to draw, expected some of two lengths or more")
     to.mkdir(parents=True, exist_ok=True)
     files = []
     with matplotlib.rc_context(SETTINGS):
-        for picture in found:
+        for picture in pictures(rows):
             shown = {"rate": _rates(picture)}
             if prices := picture.prices():
                 shown["price"] = _prices(picture, prices)
@@ -161,8 +159,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     import_matplotlib()
     try:
-        for file in draw(read(options.csv), options.to):
-            print(file)
+        files = draw(read(options.csv), options.to)
     except ValueError as error:
         options.usage_error(f"CSV: {error}")
-    return 0
+    print("\n".join(map(str, files)) or NOTHING)
+    return int(not files)

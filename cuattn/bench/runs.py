@@ -26,7 +26,8 @@ def begin(options: argparse.Namespace, columns: Sequence[str]) -> Results:
 def finish(options: argparse.Namespace, results: Results) -> None:
     """Draws what --plot asks for."""
     if options.plot:
-        plots.draw(results.rows, options.plot)
+        files = plots.draw(results.rows, options.plot)
+        print("\n".join(map(str, files)) or plots.NOTHING)
 
 
 def import_torch() -> Any:
