@@ -7,8 +7,9 @@
 
 runs with this interpreter, which needs CuPy, torch for CUDA, ml_dtypes, a C++ compiler, and pytest with its plugins
 xdist and timeout. FOLDER gets log.txt (all output), summary.txt, check.json, and the CSV files decode, forward
-(prefill), chunked, backward, backward_memory, padded, host_cost, accuracy and jit_time, or those of the peers. The variable COMMIT says which commit to note in them. A planted_* step passes if
-compute-sanitizer finds the bug that was planted. Exit status 0 if all steps passed.
+(prefill), chunked, backward, backward_memory, padded, host_cost, accuracy and jit_time, or those of the peers. The
+variable COMMIT says which commit to note in them. A planted_* step passes if compute-sanitizer finds the bug that was
+planted. Exit status 0 if all steps passed.
 """
 
 import argparse

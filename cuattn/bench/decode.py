@@ -205,8 +205,11 @@ def line_of(row: Mapping[str, Any]) -> str:
 
 def head_counts(text: str) -> Heads:
     """ "32/8": 32 query heads, 8 key heads."""
-    heads, _, kv_heads = text.partition("/")
-    return int(heads), int(kv_heads or heads)
+    first, _, second = text.partition("/")
+    heads, kv_heads = int(first), int(second or first)
+    if not 0 < kv_heads <= heads or heads % kv_heads:
+        raise argparse.ArgumentTypeError(f"got {text}, expected a multiple of the key heads over the key heads")
+    return heads, kv_heads
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

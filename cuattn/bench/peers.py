@@ -1,6 +1,7 @@
 """The peers that cuattn is measured beside: the backends of torch SDPA, FlexAttention, flash-attn and FlashInfer."""
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -122,25 +123,28 @@ def attempt(names: Iterable[str], calls_of: Callable[[Peer], Sequence[Call]]) ->
     attempt = Attempt()
     for name in names:
         tried = _attempt(name, calls_of)
-        if isinstance(tried, Exception):
-            attempt.reasons[name] = first_line(tried)
+        if isinstance(tried, str):
+            attempt.reasons[name] = tried
         else:
             attempt.calls[name], attempt.results[name] = tried
     return attempt
 
 
-def _attempt(name: str, calls_of: Callable[[Peer], Sequence[Call]]) -> tuple[Sequence[Call], Any] | Exception:
-    """A peer's calls and the first one's result, or the exception that it ran into."""
+def _attempt(name: str, calls_of: Callable[[Peer], Sequence[Call]]) -> tuple[Sequence[Call], Any] | str:
+    """A peer's calls and the first one's result, or why there is none: torch says it in warnings."""
     import torch
 
-    try:
-        with setting_of(name):
-            calls = calls_of(PEERS[name])
-            result = calls[0]()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-    except Exception as error:  # whatever a peer runs into, the others go on
-        return error
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            with setting_of(name):
+                calls = calls_of(PEERS[name])
+                result = calls[0]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+        except Exception as error:  # whatever a peer runs into, the others go on
+            details = [str(warning.message).partition(" (Triggered internally")[0] for warning in said]
+            return " ".join(dict.fromkeys([first_line(error), *details]))
     return calls, result
 
 

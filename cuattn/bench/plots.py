@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cuattn.bench.curves import Curve, Picture, Row, lengths_of, pictures, read
+from cuattn.bench.curves import KINDS, Curve, Picture, Row, lengths_of, pictures, read
 from cuattn.bench.options import folder
 from cuattn.bench.peers import OWN, PEERS
 from cuattn.errors import MissingDependencyError
@@ -153,13 +153,14 @@ def _legend(figure: Any, lines: Mapping[str, Any]) -> None:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("csv", type=Path, nargs="+", metavar="CSV", help="files that benchmarks have written by --csv")
+    parser.add_argument("--figure", nargs="+", choices=KINDS, default=list(KINDS), help="default: all in the files")
     parser.add_argument("--to", type=folder, metavar="FOLDER", default=Path(), help="default: this folder")
 
 
 def run(options: argparse.Namespace) -> int:
     import_matplotlib()
     try:
-        files = draw(read(options.csv), options.to)
+        files = draw((row for row in read(options.csv) if row["figure"] in options.figure), options.to)
     except ValueError as error:
         options.usage_error(f"CSV: {error}")
     print("\n".join(map(str, files)) or NOTHING)
