@@ -1,13 +1,15 @@
 """The peers of the benchmarks compute the problem that they are asked, or say why not; on a CPU, with stand-ins."""
 
 import sys
+from functools import partial, partialmethod
 from typing import Any
 
 import documented_flashinfer
 import pytest
 import torch
 
-from cuattn.bench import answers, chunked, decode, libraries, peers, prefill
+import cuattn
+from cuattn.bench import answers, chunked, decode, libraries, peers, prefill, timing
 from cuattn.compat import flash_attn
 
 #: Those that a CPU has, or a stand-in that has the documented interface.
@@ -118,3 +120,43 @@ def test_settings_end() -> None:
     assert torch._dynamo.config.recompile_limit == before
     with peers.setting_of("cuattn"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("module", "problem", "effort"),
+    [
+        (prefill, prefill.Problem("bfloat16", "causal", 64, 64, 70, 2, 2), (2, 3)),
+        (chunked, chunked.Chunk(70, 200, heads=4, kv_heads=2), (3,)),
+        (decode, decode.Problem(3, 600, 4, 2), ((4,), 3)),
+    ],
+)
+def test_what_is_timed_computes_the_problem(
+    module: Any, problem: Any, effort: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each provider, for each set of inputs in turn."""
+    computed: dict[str, list[Any]] = {}
+
+    def in_turns(providers: Any, repeats: int) -> Any:
+        computed.update({name: [call() for _ in range(2)] for name, call in providers.items()})
+        return {name: [2.0] * repeats for name in providers}
+
+    def graphs(providers: Any, repeats: int) -> Any:
+        computed.update({name: [call() for call in calls] for name, calls in providers.items()})
+        return {name: [2.0] * repeats for name in providers}, {}
+
+    on_cpu = partialmethod(type(problem).inputs, "cpu")
+    monkeypatch.setattr(type(problem), "inputs", on_cpu)
+    monkeypatch.setattr(timing, "COLD_BYTES", 4e6)
+    monkeypatch.setattr(timing, "time_in_turns", in_turns)
+    monkeypatch.setattr(timing, "time_graphs", graphs)
+    monkeypatch.setattr(prefill, "prepared_launches", lambda *arguments: partial(cuattn.attention, *arguments))
+    times, reasons = module.measure(problem, [*HERE, "cudnn"], *effort)
+    own = {prefill: {"cuattn launch"}, chunked: set(), decode: {"cuattn 4 splits"}}[module]
+    assert set(times) == set(computed) == {"cuattn", *own, *HERE}
+    assert set(reasons) == {"cudnn"}
+    for name, results in computed.items():
+        assert len(results) == len(computed["cuattn"]) > 1
+        for result, expected in zip(results, computed["cuattn"], strict=True):
+            heads_first = result if result.shape == expected.shape else result.transpose(1, 2)
+            torch.testing.assert_close(heads_first, expected, rtol=0.05, atol=0.02, msg=name)
+        assert not torch.equal(results[0], results[1])

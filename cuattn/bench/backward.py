@@ -92,7 +92,7 @@ class Given:
         out = attention(*leaves, self.mask)
         return lambda: torch.autograd.grad(out, leaves, self.dout, retain_graph=True)
 
-    def answers(self) -> tuple[Three, Three]:
+    def gold(self) -> tuple[Three, Three]:
         """The gradients of what is checked in float64, and of the unfused peer."""
         part = self[CHECKED]
         return answers.gold_and_unfused_gradients(part.dout, part.q, part.k, part.v, self.mask)
@@ -117,7 +117,7 @@ def why_refused(given: Given, others: Mapping[str, Three]) -> str | None:
         for name, actual, whole in zip(NAMES, alone, gradients, strict=True):
             if not answers.same_bits(actual, whole[part]):
                 return f"{name}: other bits for {where}"
-    gold, unfused = given.answers()
+    gold, unfused = given.gold()
     for i, name in enumerate(NAMES):
         references = [unfused[i], *(result[i] for result in others.values())]
         reason = why_inaccurate(gradients[i][CHECKED], gold[i], references)
@@ -147,7 +147,7 @@ def attempt(figure: str, sets: Sequence[Given], names: Sequence[str]) -> Attempt
         return [partial(given.both, peer.attention) for given in sets]
 
     tried = peers.attempt(names, calls_of)
-    gold, unfused = sets[0].answers()
+    gold, unfused = sets[0].gold()
     for i, name in enumerate(NAMES):
         wrong = answers.why_wrong({p: result[i][CHECKED] for p, result in tried.results.items()}, gold[i], unfused[i])
         tried.refuse({peer: f"{name}: {reason}" for peer, reason in wrong.items()})

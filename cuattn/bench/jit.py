@@ -64,7 +64,7 @@ print(time.perf_counter() - start)
 PEER_CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 #: Why other peers have no figures.
 READY = "compiled before it is installed"
-REASONS = {**dict.fromkeys(peers.FORWARD, READY), "flashinfer": "compiled by nvcc, or ahead of time: not measured"}
+REASONS = {**dict.fromkeys(peers.FORWARD, READY), "flashinfer": "compiled by nvcc, or ahead of time"}
 
 
 def measure(program: str, arguments: Sequence[str], cache: Path) -> tuple[float, float]:

@@ -120,14 +120,14 @@ class Attempt:
 
 def attempt(names: Iterable[str], calls_of: Callable[[Peer], Sequence[Call]]) -> Attempt:
     """Each peer's calls, made in its setting, of which the first is tried."""
-    attempt = Attempt()
+    tried = Attempt()
     for name in names:
-        tried = _attempt(name, calls_of)
-        if isinstance(tried, str):
-            attempt.reasons[name] = tried
+        made = _attempt(name, calls_of)
+        if isinstance(made, str):
+            tried.reasons[name] = made
         else:
-            attempt.calls[name], attempt.results[name] = tried
-    return attempt
+            tried.calls[name], tried.results[name] = made
+    return tried
 
 
 def _attempt(name: str, calls_of: Callable[[Peer], Sequence[Call]]) -> tuple[Sequence[Call], Any] | str:
