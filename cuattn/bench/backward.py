@@ -103,7 +103,7 @@ class Given:
 
 
 def why_refused(given: Given, others: Mapping[str, Three]) -> str | None:
-    """None if cuattn's gradients are accurate, invariant and autograd's; ``others`` are the peers', of `checked`."""
+    """None if cuattn's gradients are accurate, invariant and autograd's; ``others`` are the peers', of what is CHECKED."""
     call = given.backward()
     gradients = call()
     last, first = (slice(-1, None),), (slice(None), slice(0, 1))
