@@ -12,11 +12,13 @@ def _parts(x: Tensor, starts: Tensor) -> list[Tensor]:
     return [x[first:end] for first, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)]
 
 
-class BatchPrefillWithRaggedKVCacheWrapper:
+class _Wrapper:
     def __init__(self, float_workspace_buffer: Tensor, kv_layout: str) -> None:
         assert float_workspace_buffer.dtype == torch.uint8
         assert kv_layout == "NHD"
 
+
+class BatchPrefillWithRaggedKVCacheWrapper(_Wrapper):
     def plan(
         self,
         qo_indptr: Tensor,
@@ -41,11 +43,7 @@ class BatchPrefillWithRaggedKVCacheWrapper:
         return torch.cat([documented(*one, self.causal)[0] for one in cut]).to(q.dtype)
 
 
-class BatchDecodeWithPagedKVCacheWrapper:
-    def __init__(self, float_workspace_buffer: Tensor, kv_layout: str) -> None:
-        assert float_workspace_buffer.dtype == torch.uint8
-        assert kv_layout == "NHD"
-
+class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
     def plan(
         self,
         indptr: Tensor,

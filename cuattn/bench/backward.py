@@ -103,7 +103,7 @@ class Given:
 
 
 def why_refused(given: Given, others: Mapping[str, Three]) -> str | None:
-    """None if cuattn's gradients are accurate, invariant and autograd's; ``others`` are the peers', of what is CHECKED."""
+    """None if cuattn's gradients are accurate, invariant and autograd's; ``others``: the peers', of what is CHECKED."""
     call = given.backward()
     gradients = call()
     last, first = (slice(-1, None),), (slice(None), slice(0, 1))
@@ -234,9 +234,8 @@ def run_rates(options: argparse.Namespace, recorder: Recorder) -> None:
     roof = recorder.add_roof("first")
     todo = problems(options.dtype, options.head_dim, options.length, options.tokens)
     for problem, again in within(options.seconds, [*((p, "first") for p in todo), (todo[0], "again")]):
-        measured = measure(problem, names, options.sets, options.repeats)
-        if isinstance(measured, str):
-            recorder.refuse(problem, measured)
+        measured = recorder.accepted(problem, measure(problem, names, options.sets, options.repeats))
+        if measured is None:
             continue
         for figure, (times, reasons) in measured.items():
             labels = {"figure": figure, "pass": again, **asdict(problem)}

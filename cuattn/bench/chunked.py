@@ -125,9 +125,8 @@ def run(options: argparse.Namespace) -> int:
     roof = recorder.add_roof("first")
     prefill = None  # FLOP/ms of the first chunk, which is a whole sequence
     for chunk in within(options.seconds, Chunk.default_set()):
-        measured = measure(chunk, chosen_peers(options), options.repeats)
-        if isinstance(measured, str):
-            recorder.refuse(chunk, measured)
+        measured = recorder.accepted(chunk, measure(chunk, chosen_peers(options), options.repeats))
+        if measured is None:
             continue
         times, reasons = measured
         rows = rows_of({"figure": "chunk", "pass": "first", **asdict(chunk)}, times, chunk.flop, roof, reasons)

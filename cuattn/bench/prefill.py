@@ -177,9 +177,8 @@ def run(options: argparse.Namespace) -> int:
     todo = problems(options.dtype, options.head_dim, options.length, options.tokens) if "grid" in options.part else []
     todo += other_problems(options.tokens) if "others" in options.part else []
     for problem, again in within(options.seconds, [*((p, "first") for p in todo), (todo[0], "again")]):
-        measured = measure(problem, names, options.sets, options.repeats)
-        if isinstance(measured, str):
-            recorder.refuse(problem, measured)
+        measured = recorder.accepted(problem, measure(problem, names, options.sets, options.repeats))
+        if measured is None:
             continue
         times, reasons = measured
         labels = {"figure": "forward", "pass": again, **asdict(problem)}

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from cuattn.bench import timing
 from cuattn.bench.results import Results, notes
@@ -12,6 +12,7 @@ from cuattn.bench.timing import Times
 RATES = (*timing.COLUMNS, "tflops", "percent_of_roof", *timing.RATIOS)
 #: Rows and columns of the matrices whose product is the roof.
 ROOF_SIZE = 8192
+T = TypeVar("T")
 NO_REASONS: Mapping[str, str] = MappingProxyType({})
 
 
@@ -97,6 +98,13 @@ class Recorder:
         labels = {"figure": "roof", "pass": again, "dtype": "bfloat16", "length": ROOF_SIZE}
         self.add("roof", rows_of(labels, times, flop, roof))
         return roof
+
+    def accepted(self, problem: Any, measured: T | str) -> T | None:
+        """What was measured; None if it is the reason why nothing was."""
+        if isinstance(measured, str):
+            self.refuse(problem, measured)
+            return None
+        return measured
 
     def refuse(self, problem: Any, reason: str) -> None:
         """Counts and shows a problem that is not timed."""
