@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import peers
-from common import PROVENANCE, begin
-
 import cuattn
 from cuattn import config as configs
+from cuattn.bench import answers, peers
+from cuattn.bench.options import add_files
+from cuattn.bench.results import PROVENANCE
+from cuattn.bench.runs import begin
 
 #: Head dims that are measured, by dtype.
 HEAD_DIMS = {"bfloat16": (64, 128, 256), "float16": (64, 128, 256), "float32": (64, 128)}
@@ -67,25 +68,25 @@ def problems(length: int, long_rows: int, long_keys: int) -> Iterator[Problem]:
 def measure(problem: Problem, device: str = "cuda") -> tuple[list[dict[str, Any]], str | None]:
     """A CSV row for each provider, and why cuattn is not accurate, or None."""
     q, k, v = problem.tensors(device)
-    gold, gold_lse, unfused = peers.gold_and_unfused(q, k, v, problem.mask)
+    gold, gold_lse, unfused = answers.gold_and_unfused(q, k, v, problem.mask)
     out, lse = cuattn.attention(q, k, v, problem.mask, return_lse=True)
-    others = {
-        **peers.available(q, k, v, problem.mask, lambda line: print(f"{problem}: {line}", flush=True)),
-        "unfused": unfused,
-    }
+    tried = peers.attempt(peers.FASTEST[problem.dtype], lambda peer: [peer.prepare(q, k, v, problem.mask)])
+    for name, reason in tried.reasons.items():
+        print(f"{problem}: without {name}: {reason}", flush=True)
+    others = {**tried.results, "unfused": unfused}
     scale = float(gold.abs().mean())
     rows = [
         {
             **asdict(problem),
             "provider": name,
-            "rel_l2": f"{peers.relative_error(result, gold):.4e}",
+            "rel_l2": f"{answers.relative_error(result, gold):.4e}",
             "bias": f"{float(((result.double() - gold) * gold.sign()).mean()) / scale:.2e}",
-            "max_error": f"{peers.largest_error(result, gold):.3e}",
+            "max_error": f"{answers.largest_error(result, gold):.3e}",
         }
         for name, result in {"cuattn": out, **others}.items()
     ]
-    rows[0]["max_lse_error"] = f"{peers.largest_error(lse, gold_lse):.2e}"
-    return rows, peers.why_inaccurate(out, gold, others, problem.dtype)
+    rows[0]["max_lse_error"] = f"{answers.largest_error(lse, gold_lse):.2e}"
+    return rows, answers.why_inaccurate(out, gold, others, problem.dtype)
 
 
 def main() -> int:
@@ -93,7 +94,10 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=2048, help="of the square problems (default: %(default)s)")
     parser.add_argument("--long-rows", type=int, default=128, help="(default: %(default)s)")
     parser.add_argument("--long-keys", type=int, default=32768, help="(default: %(default)s)")
-    options, results = begin(parser, COLUMNS)
+    add_files(parser, plot=False)
+    parser.set_defaults(usage_error=parser.error)
+    options = parser.parse_args()
+    results = begin(options, COLUMNS)
     bad = 0
     for problem in problems(options.length, options.long_rows, options.long_keys):
         measured, reason = measure(problem)

@@ -23,10 +23,11 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from common import ROOT, Substitution, changed_kernels, commit, write_csv
+from changes import Substitution, changed_kernels
 from numpy.typing import NDArray
 
 from cuattn import config, contract, emulator, schedule
+from cuattn.bench.results import ROOT, commit, write_csv
 from cuattn.checks import check_attention
 from cuattn.interop import Tensor, import_tensor
 from cuattn.interop.numpy_ import numpy_dtype

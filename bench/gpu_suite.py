@@ -2,13 +2,14 @@
 
     python3 bench/gpu_suite.py FOLDER               the whole suite
     python3 bench/gpu_suite.py FOLDER smoke         a first look, within a minute
+    python3 bench/gpu_suite.py FOLDER peers         a few benchmarks beside every peer
     python3 bench/gpu_suite.py FOLDER STEP...       the named steps
 
 runs with this interpreter, which needs CuPy, torch for CUDA, ml_dtypes, a C++ compiler, and pytest with its plugins
-xdist and timeout. FOLDER gets log.txt (all output), summary.txt, decode.csv, forward.csv, backward.csv,
-backward_memory.csv, padded.csv, host_cost.csv, accuracy.csv, jit_time.csv and check.json. The variable COMMIT says
-which commit to note in the CSV files. A planted_* step passes if compute-sanitizer finds the bug that was planted. Exit
-status 0 if all steps passed.
+xdist and timeout. FOLDER gets log.txt (all output), summary.txt, check.json, and the CSV files decode, forward
+(prefill), chunked, backward, backward_memory, padded, host_cost, accuracy and jit_time, or those of the peers. The
+variable COMMIT says which commit to note in them. A planted_* step passes if compute-sanitizer finds the bug that was
+planted. Exit status 0 if all steps passed.
 """
 
 import argparse
@@ -22,9 +23,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import ROOT
-
 from cuattn import env
+from cuattn.bench.results import ROOT
 
 #: Exit status of compute-sanitizer when it has found something.
 FOUND = 99
@@ -69,8 +69,14 @@ def sanitize(tool: str, *arguments: str) -> tuple[str, ...]:
 def all_steps(folder: Path) -> list[Step]:
     """In the order of their worth: what comes last may find no time left. The limits are far above what they take."""
 
+    def to_file(name: str) -> tuple[str, str]:
+        return "--csv", str(folder / f"{name}.csv")
+
     def bench(name: str, *arguments: str, to: str | None = None) -> tuple[str, ...]:
-        return python(f"bench/{name}.py", *arguments, "--csv", str(folder / f"{to or name}.csv"))
+        return python("-m", "cuattn", "bench", name, *arguments, *to_file(to or name))
+
+    def script(name: str, *arguments: str) -> tuple[str, ...]:
+        return python(f"bench/{name}.py", *arguments, *to_file(name))
 
     def planted(tool: str, bug: str, *what: str) -> Step:
         return Step(f"planted_{bug}", 30, sanitize(tool, "--plant", bug, *what), FOUND)
@@ -82,22 +88,26 @@ def all_steps(folder: Path) -> list[Step]:
         return "--head-dim", "--call", name
 
     few = ("--batch", "1", "64", "--length", "2048", "32768", "--heads", "32/8", "--page-size", "--splits")
+    fast = ("--providers", "flash", "cudnn", "efficient")
+    gradients = (*fast, "flash_deterministic")
+    some = ("--head-dim", "128", "--length", "1024", "8192")
     dims = ("--head-dim", "24", "64", "72", "128", "256")
     check = python("-m", "cuattn", "check", "--backend", "cuda", "--json", str(folder / "check.json"))
     workers = str(max(1, (os.cpu_count() or 1) - 2))
     return [
         Step("versions", 30, python("-c", VERSIONS), shown=0),
         Step("smoke_bits", 90, python("bench/smoke.py"), shown=29, group="smoke"),
-        Step("smoke_decode", 40, bench("decode", *few, "--seconds", "15"), shown=24, group="smoke"),
+        Step("smoke_decode", 40, bench("decode", *few, *fast, "--seconds", "15"), shown=24, group="smoke"),
         Step("info", 30, python("-m", "cuattn", "info"), shown=20),
         Step("precompile", 60, python("-m", "cuattn", "precompile", *dims), shown=1),
         Step("tests_gpu", 200, pytest("-m", "gpu", "-n", "4"), shown=8),
-        Step("decode", 90, bench("decode", "--seconds", "70"), shown=24),
-        Step("padded", 45, bench("padded", "--seconds", "35"), shown=20),
-        Step("forward", 100, bench("forward", "--seconds", "75"), shown=24),
-        Step("backward", 90, bench("backward", "--seconds", "65"), shown=20),
-        Step("backward_memory", 30, bench("backward", "--memory", to="backward_memory"), shown=12),
-        Step("host_cost", 30, bench("host_cost"), shown=8),
+        Step("decode", 90, bench("decode", *fast, "--seconds", "70"), shown=24),
+        Step("padded", 45, script("padded", "--seconds", "35"), shown=20),
+        Step("forward", 100, bench("prefill", *fast, "--seconds", "75", to="forward"), shown=24),
+        Step("chunked", 40, bench("chunked", *fast, "--seconds", "25"), shown=20),
+        Step("backward", 90, bench("backward", *gradients, "--seconds", "65"), shown=20),
+        Step("backward_memory", 30, bench("backward", "--memory", *gradients, to="backward_memory"), shown=12),
+        Step("host_cost", 30, bench("host", *fast, to="host_cost"), shown=8),
         Step("memcheck", 90, sanitize("memcheck")),
         planted("memcheck", "write", *many_rows(64)),
         planted("memcheck", "read", *many_rows(64)),
@@ -112,8 +122,11 @@ def all_steps(folder: Path) -> list[Step]:
         planted("racecheck", "shared", *call("backward, 256 columns")),
         planted("racecheck", "keys", *call("backward")),
         Step("check", 170, check, shown=5),
-        Step("accuracy", 60, bench("accuracy")),
-        Step("jit_time", 60, bench("jit_time", "--repeats", "3"), shown=8),
+        Step("accuracy", 60, script("accuracy")),
+        Step("jit_time", 60, bench("jit", "--providers", "cuattn", "--repeats", "3", to="jit_time"), shown=8),
+        Step("peers_prefill", 200, bench("prefill", *some, "--seconds", "150", to="peers_prefill"), 0, 8, "peers"),
+        Step("peers_decode", 200, bench("decode", *few, "--seconds", "150", to="peers_decode"), 0, 24, "peers"),
+        Step("peers_jit", 200, bench("jit", "--rows", "many", "--repeats", "3", to="peers_jit"), 0, 16, "peers"),
         # the tests of the wheel need an index
         Step(
             "tests_rest",
@@ -188,7 +201,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where results go")
     parser.add_argument(
-        "steps", nargs="*", metavar="STEP", help="smoke, or " + ", ".join(s.name for s in all_steps(ROOT))
+        "steps", nargs="*", metavar="STEP", help="smoke, peers, or " + ", ".join(s.name for s in all_steps(ROOT))
     )
     parser.add_argument("--seconds", type=float, default=420, help="for all steps together (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="only print the commands")

@@ -19,11 +19,11 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-import peers
-import timing
-from common import PROVENANCE, begin, within
-
 import cuattn
+from cuattn.bench import answers, timing
+from cuattn.bench.options import add_files
+from cuattn.bench.results import PROVENANCE, within
+from cuattn.bench.runs import begin
 
 COLUMNS = (
     *("dtype", "mask", "head_dim", "batch", "heads", "length", "share", "form"),
@@ -106,7 +106,7 @@ class Batch:
             expected = self.packed(form)().unflatten(0, padded.shape[:1] + padded.shape[2:3]).transpose(1, 2)
             same_keys = self.problem.mask == "full" or form == "left"
             rows = slice(None) if same_keys else slice(-1, None)
-            if not peers.same_bits(padded[:, :, rows], expected[:, :, rows]):
+            if not answers.same_bits(padded[:, :, rows], expected[:, :, rows]):
                 return f"other bits than packed: {form}"
         return None
 
@@ -156,7 +156,10 @@ def main() -> int:
     parser.add_argument("--share", type=float, nargs="+", default=[0.5, 0.9], help="of the places that hold a key")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=120, help="no new problem after them (default: %(default)s)")
-    options, results = begin(parser, COLUMNS)
+    add_files(parser, plot=False)
+    parser.set_defaults(usage_error=parser.error)
+    options = parser.parse_args()
+    results = begin(options, COLUMNS)
     bad = 0
     for problem in within(options.seconds, problems(options.head_dim, options.shape, options.share)):
         result = measure(problem, options.repeats)

@@ -18,7 +18,7 @@ from functools import partial
 
 import numpy as np
 from calls import CALLS, Call, append
-from common import Substitution, changed_kernels
+from changes import Substitution, changed_kernels
 
 import cuattn
 from cuattn import config as configs

@@ -33,7 +33,7 @@ def on_files(files: Any, config: Any) -> Any:
         if page in added:
             continue
         added.add(page)
-        if page.parent != ROOT / "docs":
+        if not page.is_relative_to(ROOT / "docs"):
             files.append(File.generated(config, _place(page), abs_src_path=str(page)))
         if page.suffix == ".md":
             waiting += _linked(page)

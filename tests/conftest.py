@@ -51,8 +51,8 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
 @pytest.fixture
 def cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """The answers of commands on a machine without a GPU and without a chosen backend, on any machine."""
-    for module in ("libraries", "machine"):
-        monkeypatch.setattr(f"cuattn.cli.{module}.device_count", lambda: 0)
+    for module in ("cuattn.cli.libraries", "cuattn.machine"):
+        monkeypatch.setattr(f"{module}.device_count", lambda: 0)
     monkeypatch.setattr("cuattn.cli.libraries._torch_has_gpu", lambda: False)
     monkeypatch.delenv(env.BACKEND, raising=False)
 

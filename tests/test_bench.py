@@ -10,13 +10,12 @@ from types import ModuleType
 import pytest
 import torch
 
+import cuattn
 from cuattn import env
+from cuattn.bench import answers, backward, chunked, decode, host, jit, prefill, rates, results, timing
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
-SCRIPTS = (
-    *("accuracy", "backward", "contract_choices", "decode", "forward", "gpu_suite", "host_cost", "jit_time", "padded"),
-    *("sanitize", "smoke"),
-)
+SCRIPTS = (*("accuracy", "contract_choices", "gpu_suite", "padded", "sanitize", "smoke"),)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -31,8 +30,8 @@ def test_script_says_what_it_does(script: str) -> None:
     }
 
 
-def test_work_of_attention(load) -> None:
-    flop = load("common").attention_flop
+def test_work_of_attention() -> None:
+    flop = rates.attention_flop
     assert flop(1, 1, 1, 1, 1, "full") == 4  # a multiplication and an addition for q k, and for the weight and v
     assert flop(2, 16, 8192, 8192, 128, "full") == 4 * 2 * 16 * 8192**2 * 128
     assert flop(2, 3, 7, 7, 64, "causal") == flop(2, 3, 7, 7, 64, "full") / 2
@@ -40,42 +39,63 @@ def test_work_of_attention(load) -> None:
     assert flop(1, 1, 2, 5, 64, "causal", 32) == (4 + 5 - 1) * 2 * (64 + 32)
 
 
-def test_csv_has_its_columns(load, tmp_path: Path) -> None:
-    write_csv = load("common").write_csv
-    write_csv(tmp_path / "new" / "a.csv", [{"b": 1}], ("a", "b"))
+def test_csv_has_its_columns(tmp_path: Path) -> None:
+    results.write_csv(tmp_path / "new" / "a.csv", [{"b": 1}], ("a", "b"))
     assert (tmp_path / "new" / "a.csv").read_text(encoding="utf-8").split() == ["a,b", ",1"]
     with pytest.raises(ValueError, match="not in fieldnames"):
-        write_csv(tmp_path / "b.csv", [{"c": 1}], ("a", "b"))
+        results.write_csv(tmp_path / "b.csv", [{"c": 1}], ("a", "b"))
 
 
-@pytest.mark.parametrize("script", ["forward", "backward", "decode", "padded", "accuracy", "contract_choices"])
-def test_columns_say_where_figures_come_from(load, script: str) -> None:
+@pytest.mark.parametrize("module", [prefill, chunked, decode, backward, host, jit])
+def test_columns_say_what_and_where_from(module: ModuleType) -> None:
+    columns = module.COLUMNS
+    assert len(set(columns)) == len(columns)
+    assert {"provider", "note", *timing.RATIOS, *results.PROVENANCE} <= set(columns)
+    assert any(column.startswith("percent_of_") for column in columns)
+
+
+@pytest.mark.parametrize("script", ["padded", "accuracy", "contract_choices"])
+def test_columns_of_scripts(load, script: str) -> None:
     columns = load(script).COLUMNS
     assert len(set(columns)) == len(columns)
     assert {"commit", "contract"} <= set(columns)
-    assert script == "contract_choices" or {"gpu", "driver", "torch", "cupy", "nvrtc"} <= set(columns)
+    assert script == "contract_choices" or set(results.PROVENANCE) <= set(columns)
 
 
-def test_rows_of_forward(load) -> None:
-    forward = load("forward")
-    (problem,) = forward.problems(["bfloat16"], [(128, 128)], [8192], 16384)[:1]
+def test_provenance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COMMIT", raising=False)
+    facts = results.provenance()
+    assert tuple(facts) == results.PROVENANCE
+    assert facts["torch"] == torch.__version__
+    assert all(facts.values())
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert [results.provenance()[name] for name in ("gpu", "torch", "cudnn")] == ["none"] * 3
+    monkeypatch.setattr(results, "ROOT", Path("/nowhere"))  # as installed from a wheel
+    assert results.commit() == cuattn.__version__
+    monkeypatch.setenv("COMMIT", "abc")
+    assert results.commit() == "abc"
+
+
+def test_rows_of_prefill() -> None:
+    (problem,) = prefill.problems(["bfloat16"], [(128, 128)], [8192], 16384)[:1]
     assert (problem.mask, problem.batch, problem.heads) == ("causal", 2, 16)
     times = {"cuattn": [1.0, 3.0, 2.0], "flash": [3.0, 3.0, 3.0]}
-    rows = forward.rows_of({"figure": "forward"}, times, flop=problem.flop, roof=problem.flop)
-    assert {key for row in rows for key in row} <= set(forward.COLUMNS)
+    rows = rates.rows_of({"figure": "forward"}, times, problem.flop, problem.flop, {"cudnn": "a reason"})
+    assert {key for row in rows for key in row} <= set(prefill.COLUMNS)
     ours = rows[0]
     assert (ours["ms"], ours["ms_min"], ours["ms_max"], ours["repeats"]) == ("2.00000", "1.00000", "3.00000", 3)
     assert ours["tflops"] == f"{problem.flop / 2e9:.1f}"  # operations / 2 ms
     assert (ours["percent_of_roof"], ours["ratio_to_flash"], "ratio_to_cudnn" in ours) == ("50.0", "1.500", False)
+    assert rows[1]["ratio_to_flash"] == "1.000"
+    assert rows[2] == {"figure": "forward", "provider": "cudnn", "note": "a reason"}
 
 
 @pytest.mark.parametrize("mask", ["causal", "full"])
-def test_forward_refuses_what_is_wrong(load, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = load("forward")
-    problem = forward.Problem("bfloat16", mask, 64, 64, 130, 2, 2)
-    inputs = problem.inputs("cpu")
-    assert forward.why_refused(problem, inputs, {}) is None
-    right = forward.cuattn.attention
+def test_prefill_refuses_what_is_wrong(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = prefill.Problem("bfloat16", mask, 64, 64, 130, 2, 2)
+    sets = [problem.inputs("cpu")]
+    assert prefill.attempt(problem, sets, [])[1] is None
+    right = cuattn.attention
 
     def inaccurate(q, k, v, mask):
         return right(q, k, v, mask) * 1.02
@@ -85,37 +105,24 @@ def test_forward_refuses_what_is_wrong(load, mask: str, monkeypatch: pytest.Monk
         out.view(torch.int16)[-1, 0, -1, 0] += q.shape[0] - 1
         return out
 
-    monkeypatch.setattr(forward.cuattn, "attention", inaccurate)
-    assert "L2 error" in forward.why_refused(problem, inputs, {})
-    monkeypatch.setattr(forward.cuattn, "attention", depends_on_the_batch)
-    assert "other bits" in forward.why_refused(problem, inputs, {})
+    monkeypatch.setattr(cuattn, "attention", inaccurate)
+    assert "L2 error" in str(prefill.attempt(problem, sets, [])[1])
+    monkeypatch.setattr(cuattn, "attention", depends_on_the_batch)
+    assert "other bits" in str(prefill.attempt(problem, sets, [])[1])
 
 
-def test_answers_of_peers(load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The slices in which the float64 answer is computed do not show; it is what cuattn.reference calls gold."""
     from cuattn.reference.gold import gold_attention
 
-    peers: ModuleType = load("peers")
-    monkeypatch.setattr(peers, "_SCORES", 1000)
+    monkeypatch.setattr(answers, "_SCORES", 1000)
     q, k, v = (torch.randn(2, 3, length, 64).to(torch.float16) for length in (20, 33, 33))
     for mask in ("full", "causal"):
-        gold, lse, unfused = peers.gold_and_unfused(q, k, v, mask)
+        gold, lse, unfused = answers.gold_and_unfused(q, k, v, mask)
         expected, expected_lse = gold_attention(*(x.double().numpy() for x in (q, k, v)), mask)
         torch.testing.assert_close(gold, torch.from_numpy(expected), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(lse, torch.from_numpy(expected_lse), rtol=1e-12, atol=1e-12)
-        assert 1e-5 < peers.relative_error(unfused, gold) < 1e-3
-    with pytest.raises(ValueError, match="mask"):
-        peers.sdpa(q, k, v, "causal")
-
-
-def test_missing_peers_are_said_and_not_fatal(load) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("needs a torch without CUDA, where a backend is missing")
-    q = torch.randn(1, 1, 16, 64).to(torch.bfloat16)
-    lines: list[str] = []
-    found = load("peers").available(q, q, q, "full", lines.append)
-    assert "cudnn" not in found
-    assert any("without SDPA cudnn" in line for line in lines)
+        assert 1e-5 < answers.relative_error(unfused, gold) < 1e-3
 
 
 def test_accuracy_on_a_cpu(load) -> None:
@@ -130,16 +137,16 @@ def test_accuracy_on_a_cpu(load) -> None:
 
 def test_changed_kernels(load) -> None:
     """The changes that the benchmarks make fit the kernels of today; one that does not fit is an error."""
-    common = load("common")
+    changes_of = load("changes").changed_kernels
     before = os.environ.get(env.KERNEL_DIR)
     changes = [[change] for change in load("sanitize").PLANTS.values()]
     changes += [[*load("contract_choices").STORE_FP32, *load("contract_choices").SUM_ROUNDED]]
     for change in changes:
-        with common.changed_kernels(change) as folder:
+        with changes_of(change) as folder:
             assert env.kernel_dir() == folder.resolve()
             assert change[0][2] in (folder / change[0][0]).read_text(encoding="utf-8")
     assert os.environ.get(env.KERNEL_DIR) == before
-    with pytest.raises(ValueError, match=r"tile\.cuh"), common.changed_kernels([("attn/tile.cuh", "no such text", "")]):
+    with pytest.raises(ValueError, match=r"tile\.cuh"), changes_of([("attn/tile.cuh", "no such text", "")]):
         pass
 
 
@@ -154,9 +161,8 @@ def test_contract_choices_measures_the_kernel(load) -> None:
 
 def test_committed_results_have_the_columns_of_today(load) -> None:
     for file in sorted((BENCH / "results").glob("*.csv")):
-        if file.stem in ("forward", "backward", "accuracy", "contract_choices"):
-            with file.open(newline="", encoding="utf-8") as lines:
-                assert tuple(next(csv.reader(lines))) == load(file.stem).COLUMNS, file.name
+        with file.open(newline="", encoding="utf-8") as lines:
+            assert tuple(next(csv.reader(lines))) == load(file.stem).COLUMNS, file.name
 
 
 def test_suite_runs_its_steps(load, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

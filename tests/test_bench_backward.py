@@ -8,30 +8,30 @@ import pytest
 import torch
 
 import cuattn
+from cuattn.bench import answers, backward, peers, rates, results
+from cuattn.cli import main
 from cuattn.reference import gold_gradients
 
 
 @pytest.mark.parametrize("mask", ["full", "causal"])
-def test_gold_gradients(load, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gold_gradients(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of cuattn.reference, in slices too; what is rounded shows, and is no more than a dtype's rounding."""
-    peers = load("peers")
-    monkeypatch.setattr(peers, "_SCORES", 1000)
+    monkeypatch.setattr(answers, "_SCORES", 1000)
     torch.manual_seed(0)
     dout, q, k, v = (torch.randn(2, 3, 33, columns).bfloat16() for columns in (32, 64, 64, 32))
-    gold, unfused = peers.gold_and_unfused_gradients(dout, q, k, v, mask)
+    gold, unfused = answers.gold_and_unfused_gradients(dout, q, k, v, mask)
     expected = gold_gradients(*(x.double().numpy() for x in (dout, q, k, v)), mask)
     for ours, theirs, rounded in zip(gold, expected, unfused, strict=True):
         torch.testing.assert_close(ours, torch.from_numpy(theirs), rtol=1e-12, atol=1e-12)
         assert rounded.dtype == torch.bfloat16
-        assert 1e-3 < peers.relative_error(rounded, ours) < 1e-2
+        assert 1e-3 < answers.relative_error(rounded, ours) < 1e-2
 
 
 @pytest.mark.parametrize(("dtype", "mask"), [("bfloat16", "causal"), ("float16", "full"), ("float32", "causal")])
-def test_backward(load, dtype: str, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    backward = load("backward")
+def test_backward(dtype: str, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     given = backward.Given.make(backward.Problem(dtype, mask, 64, 64, 70, 2, 2), "cpu")
-    unit = {"flash": given.both(backward.peers.sdpa)}
+    unit = {"math": tuple(x[backward.CHECKED] for x in given.both(peers.PEERS["math"].attention))}
     assert backward.why_refused(given, unit) is None
     size = float(given.backward()()[1].float().square().mean()) ** 0.5
     too_much = (200 if dtype == "float32" else 30) * torch.finfo(given.q.dtype).eps * size  # too little for the norm
@@ -94,82 +94,89 @@ def autograd_by_hand(attention: Any, wrong: int = 0) -> Any:
     return call
 
 
-def test_backward_is_timed(load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backward_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each figure of each provider that there is; each of them computes the gradients of each set of inputs."""
-    backward = load("backward")
     torch.manual_seed(0)
     problem = backward.Problem("bfloat16", "causal", 64, 64, 40, 2, 2)
-    results: list[dict[str, Any]] = []
+    names = ["flash", "flash_deterministic", "flashinfer"]
+    computed_by: list[dict[str, Any]] = []
 
     def in_turns(providers: Any, repeats: int) -> Any:
-        results.append({name: [call() for _ in range(2)] for name, call in providers.items()})
+        computed_by.append({name: [call() for _ in range(2)] for name, call in providers.items()})
         return {name: [2.0] * repeats for name in providers}
 
     monkeypatch.setattr(backward.timing, "time_in_turns", in_turns)
-    times = backward.measure(problem, 2, 3, "cpu")
-    assert list(times) == list(backward.WORK)
-    for computed, (figure, samples) in zip(results, times.items(), strict=True):
-        assert {"cuattn", "flash", "flash_deterministic"} <= set(samples)
+    measured = backward.measure(problem, names, 2, 3, "cpu")
+    assert list(measured) == list(backward.WORK)
+    for computed, (figure, (samples, reasons)) in zip(computed_by, measured.items(), strict=True):
+        assert list(samples) == ["cuattn", "flash", "flash_deterministic"]
+        assert list(reasons) == ["flashinfer"]
         for name, sets in computed.items():
             for gradients, expected in zip(sets, computed["cuattn"], strict=True):
                 for ours, theirs in zip(gradients, expected, strict=True):
                     torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.02, msg=f"{figure} {name}")
             assert not torch.equal(sets[0][0], sets[1][0])
-        rows = backward.forward.rows_of({"figure": figure}, samples, backward.WORK[figure] * problem.flop, 1e9)
+        rows = rates.rows_of({"figure": figure}, samples, backward.WORK[figure] * problem.flop, 1e9, reasons)
         assert {key for row in rows for key in row} <= set(backward.COLUMNS)
         assert rows[0]["tflops"] == f"{backward.WORK[figure] * problem.flop / 2e9:.1f}"
         assert rows[0]["ratio_to_flash_deterministic"] == "1.000"
     monkeypatch.setattr(backward, "why_refused", lambda given, others: "a reason")
-    assert backward.measure(problem, 1, 1, "cpu") == "a reason"
-    assert len(results) == 2  # nothing more was timed
+    assert backward.measure(problem, names, 1, 1, "cpu") == "a reason"
+    assert len(computed_by) == 2  # nothing more was timed
+
+
+def test_wrong_gradients_of_a_peer_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = backward.Given.make(backward.Problem("bfloat16", "causal", 64, 64, 40, 2, 2), "cpu")
+    other = peers.Peer(lambda q, k, v, mask: peers.sdpa(q, k, v, "full"), peers.sdpa)
+    monkeypatch.setitem(peers.PEERS, "math", other)
+    for figure in backward.WORK:
+        tried = backward.attempt(figure, [given], ["math", "flash"])
+        assert list(tried.calls) == list(tried.results) == ["flash"]
+        assert tried.reasons["math"].startswith("dq: wrong: relative L2 error")
 
 
 @pytest.mark.parametrize("memory", [False, True])
 def test_backward_tells_and_stores(
-    load, memory: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    memory: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    backward, common = load("backward"), load("common")
-    arguments = ["--memory"] if memory else ["--head-dim", "64", "--length", "512", "1024", "--tokens", "1024"]
-
-    def begin(parser: Any, columns: Any) -> Any:
-        return parser.parse_args(arguments), common.Results(tmp_path / "rows.csv", columns)
-
-    def measure(problem: Any, sets: int, repeats: int) -> Any:
+    def measure(problem: Any, names: Any, sets: int, repeats: int) -> Any:
         if (problem.mask, problem.length) == ("full", 1024):
             return "a reason"
-        return {figure: {"cuattn": [4.0], "flash": [2.0], "cudnn": [1.0]} for figure in backward.WORK}
+        return {figure: ({"cuattn": [4.0], "flash": [2.0]}, {"flex": "not here"}) for figure in backward.WORK}
 
-    monkeypatch.setattr(backward, "begin", begin)
+    monkeypatch.setattr(backward, "begin", lambda options, columns: results.Results(options.csv, columns))
     monkeypatch.setattr(backward, "measure", measure)
-    monkeypatch.setattr(backward.forward, "measure_roof", lambda repeats: {"matmul": [1.0]})
+    monkeypatch.setattr(rates, "measure_roof", lambda repeats: {"matmul": [1.0]})
     bound_on_full = {"causal": (1, 4), "full": (1, 5)}
 
-    def measure_memory(dtype: str, mask: str) -> Any:
+    def measure_memory(dtype: str, mask: str, names: Any) -> Any:
         peak = iter(bound_on_full[mask])
-        with monkeypatch.context() as patch:
-            patch.setattr(backward.peers, "GRADIENTS", {dtype: ()})
-            return measured_memory(dtype, mask, peak=lambda attention, problem: next(peak))
+        return measured_memory(dtype, mask, (), peak=lambda attention, problem: next(peak))
 
     measured_memory = backward.measure_memory
     monkeypatch.setattr(backward, "measure_memory", measure_memory)
-    assert backward.main() == 1
+    file = tmp_path / "rows.csv"
+    chosen = ["--memory"] if memory else ["--head-dim", "64", "--length", "512", "1024", "--tokens", "1024"]
+    assert main(["bench", "backward", "--providers", "flash", "flex", "--csv", str(file), *chosen]) == 1
     printed = capsys.readouterr().out
     assert printed.count("REFUSED") == 1
-    rows = (tmp_path / "rows.csv").read_text(encoding="utf-8").splitlines()
+    rows = file.read_text(encoding="utf-8").splitlines()
     if memory:
         assert "bfloat16 full REFUSED: 5 bytes at 65536 tokens, allowed 4" in printed
         assert len(rows) == 1 + 4
     else:
-        # the roof; 3 problems and the first again, 2 figures, 3 providers
-        assert len(rows) == 1 + 1 + 4 * 2 * 3
-        assert "forward+backward, bfloat16, TFLOP/s by length: cuattn / flash / flash_deterministic / cudnn" in printed
+        # the roof, twice; 3 problems and the first again, 2 figures, 3 providers
+        assert len(rows) == 1 + 2 + 4 * 2 * 3
+        assert sum("not here" in row for row in rows) == 4 * 2
+        assert "flex              not measured: not here" in printed
+        assert "forward+backward, TFLOP/s by length: cuattn / flash / flex" in printed
         work = 2.5 * backward.Problem("bfloat16", "causal", 64, 64, 512, 2, 32).flop
-        rates = " / ".join(f"{work / ms / 1e9:.0f}" if ms else "-" for ms in (4, 2, 0, 1))
-        assert f"causal 512: {rates} " in printed
+        shown = " / ".join([*(f"{work / ms / 1e9:.0f}" for ms in (4, 2)), "-"])
+        assert f"causal 512: {shown} " in printed
 
 
-def test_deterministic_flash(load) -> None:
-    with load("peers").backend_of("flash_deterministic"):
+def test_deterministic_flash() -> None:
+    with peers.setting_of("flash_deterministic"):
         assert torch.are_deterministic_algorithms_enabled()
         assert not torch.utils.deterministic.fill_uninitialized_memory
         assert not torch.backends.cuda.cudnn_sdp_enabled()
@@ -177,21 +184,22 @@ def test_deterministic_flash(load) -> None:
     assert torch.utils.deterministic.fill_uninitialized_memory
 
 
-def test_memory_of_backward(load, monkeypatch: pytest.MonkeyPatch) -> None:
-    backward = load("backward")
-    kinds = {cuattn.attention: lambda n: 1e6 + 5000 * n, backward.peers.sdpa: lambda n: 8 * n**2}
+def test_memory_of_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    flash = peers.PEERS["flash"].attention
+    kinds = {cuattn.attention: lambda n: 1e6 + 5000 * n, flash: lambda n: 8 * n**2}
 
     def peak(attention: Any, problem: Any) -> int:
         return int(kinds[attention](problem.length))
 
-    rows, reason = backward.measure_memory("bfloat16", "causal", peak=peak)
+    rows, reason = backward.measure_memory("bfloat16", "causal", ["flash", "flashinfer"], peak=peak)
     assert reason is None
     assert {key for row in rows for key in row} <= set(backward.COLUMNS)
     ours = [row for row in rows if row["provider"] == "cuattn"]
     assert [(row["length"], row["peak_bytes"]) for row in ours] == [(16384, 82920000), (65536, 328680000)]
-    assert ours[0]["bytes_per_token"] == "5061.0"
+    assert (ours[0]["bytes_per_token"], ours[0]["ratio_to_flash"]) == ("5061.0", f"{8 * 16384**2 / 82920000:.3f}")
+    assert [row["provider"] for row in rows if "note" in row] == ["flashinfer"] * 2
     kinds[cuattn.attention] = lambda n: 5000 * n + n**2 // 64
-    assert "bytes at 65536 tokens, allowed" in str(backward.measure_memory("bfloat16", "causal", peak=peak)[1])
+    assert "bytes at 65536 tokens, allowed" in str(backward.measure_memory("bfloat16", "causal", [], peak=peak)[1])
 
     held = {"now": 1000, "most": 0}
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -203,6 +211,6 @@ def test_memory_of_backward(load, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def holding(*qkv: Any) -> Any:
         held["most"] += 7
-        return backward.peers.sdpa(*qkv)
+        return flash(*qkv)
 
     assert backward.peak_of(holding, backward.Problem("bfloat16", "causal", 64, 64, 16, 1, 1)) == 7

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import cuattn
+from cuattn.bench import chunked, decode
 from cuattn.testing import NumpyLibrary
 from cuattn.testing.arrays import raw_bits
 
@@ -25,14 +26,13 @@ def one_bit_off(function: Any, place: tuple[int, ...]) -> Any:
 
 
 @pytest.mark.parametrize("page_size", [0, 48])
-def test_decode(load, page_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    decode = load("decode")
+def test_decode(page_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = decode.Problem(3, 600, 4, 2, page_size)
     given = problem.inputs("cpu")
     q, k, v = decode.sequences(given, [0, 2])
     assert (q.shape, k.shape, v.shape) == ((2, 4, 1, 128), (2, 2, 600, 128), (2, 2, 600, 128))
     assert problem.cache_bytes == 3 * (k[0].nbytes + v[0].nbytes)
-    assert decode.why_refused(problem, given, {}) is None
+    assert decode.attempt(problem, [given], [])[1] is None
     right = cuattn.attention_kvcache
 
     def depends_on_splits(*args: Any, num_splits: int | None = None, **options: Any) -> Any:
@@ -45,22 +45,21 @@ def test_decode(load, page_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
         (one_bit_off(right, (-1, 0, -1, -1)), "sequence 2 alone"),
     ):
         monkeypatch.setattr(cuattn, "attention_kvcache", wrong)
-        assert reason in decode.why_refused(problem, given, {})
+        assert reason in str(decode.attempt(problem, [given], [])[1])
     monkeypatch.setattr(cuattn, "attention_kvcache", lambda *a, **options: 1.02 * right(*a, **options))
     monkeypatch.setattr(cuattn, "attention", lambda *a, right=cuattn.attention, **options: 1.02 * right(*a, **options))
-    assert "L2 error" in decode.why_refused(problem, given, {})
+    assert "L2 error" in str(decode.attempt(problem, [given], [])[1])
 
 
-def test_decode_problems(load) -> None:
+def test_decode_problems() -> None:
     """The first heads come first, paged ones with them, and what does not fit is left out."""
-    problems = load("decode").problems([1, 256], [1024, 8192], [(32, 8), (32, 32)], [16], 20e9)
+    problems = decode.problems([1, 256], [1024, 8192], [(32, 8), (32, 32)], [16], 20e9)
     assert [p.kv_heads for p in problems] == [8] * 5 + [32] * 3
     assert [p.page_size for p in problems] == [0] * 4 + [16] + [0] * 3
     assert max(p.cache_bytes for p in problems) == 256 * 8192 * 8 * 128 * 4
 
 
-def test_rows_of_decode(load) -> None:
-    decode = load("decode")
+def test_rows_of_decode() -> None:
     times = {"cuattn": [2.0, 1.0, 3.0], "cuattn 4 splits": [2.5], "cuattn 16 splits": [1.0], "flash": [3.0]}
     rows = decode.rows_of({"figure": "decode"}, times, dict.fromkeys(times, 8_000_000_000), {"sum": 5e9, "copy": 8e9})
     assert {key for row in rows for key in row} <= set(decode.COLUMNS)
@@ -89,13 +88,14 @@ def test_padded(load, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {row["ratio_to_packed"] for row in rows} == {"1.000"}  # twice the time for twice the work
 
 
-def test_chunks(load, monkeypatch: pytest.MonkeyPatch) -> None:
-    chunks = load("chunks")
-    chunk = chunks.Chunk(70, 200, heads=4, kv_heads=2)
-    inputs = chunk.inputs("cpu")
-    assert chunks.why_refused(chunk, inputs) is None
+def test_chunked(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunk = chunked.Chunk(70, 200, heads=4, kv_heads=2)
+    sets = [chunk.inputs("cpu")]
+    tried, refused = chunked.attempt(chunk, sets, ["math"])
+    assert refused is None
+    assert list(tried.results) == ["math"]
     monkeypatch.setattr(cuattn, "attention_kvcache", one_bit_off(cuattn.attention_kvcache, (0, 0, 0, 0)))
-    assert "without a cache" in chunks.why_refused(chunk, inputs)
+    assert "without a cache" in str(chunked.attempt(chunk, sets, [])[1])
 
 
 def test_calls_reach_every_kernel(load, monkeypatch: pytest.MonkeyPatch) -> None:

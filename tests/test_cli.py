@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from command_line import usage_error
 
-from cuattn import env
-from cuattn.cli import libraries, machine, main
+from cuattn import env, machine
+from cuattn.cli import libraries, main
 from cuattn.config import ForwardConfig
 from cuattn.errors import MissingDependencyError
 from cuattn.jit import Precompiled

@@ -1,7 +1,6 @@
 """What a repeated call costs its thread, counted in calls of functions, which no other work on the machine changes."""
 
 import csv
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -11,7 +10,9 @@ from typing import Any
 
 import pytest
 
-BENCH = Path(__file__).resolve().parents[1] / "bench"
+from cuattn.bench import host
+from cuattn.cli import main
+
 #: Most calls of Python functions and of others that one repeated call may make, by the bench's name of it.
 MOST = {
     "attention": (26, 50),
@@ -40,10 +41,9 @@ def counted(call: Callable[[], Any]) -> tuple[int, int]:
     return events["call"], events["c_call"]
 
 
-def test_a_repeated_call_makes_few_calls(load) -> None:
-    host_cost = load("host_cost")
-    with host_cost.stubbed():
-        calls = host_cost.calls_on("cpu")
+def test_a_repeated_call_makes_few_calls() -> None:
+    with host.stubbed():
+        calls = host.calls_on("cpu")
         assert list(calls) == list(MOST)
         for name, call in calls.items():
             planned = counted(call)
@@ -54,20 +54,31 @@ def test_a_repeated_call_makes_few_calls(load) -> None:
             assert sum(planned) > 3 * sum(repeated), f"{name}: the control, a first call, makes hardly more"
 
 
+def table_of(*options: str, to: Path) -> list[dict[str, str]]:
+    """What ``cuattn bench host`` writes."""
+    assert main(["bench", "host", "--batches", "2", "--csv", str(to), *options]) == 0
+    with to.open(encoding="utf-8") as rows:
+        return list(csv.DictReader(rows))
+
+
 def test_the_bench_runs_without_a_device(tmp_path: Path) -> None:
-    file = tmp_path / "host_cost.csv"
-    command = [sys.executable, str(BENCH / "host_cost.py"), "--stub", "--batches", "2", "--csv", str(file)]
-    subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    with file.open(encoding="utf-8") as rows:
-        table = list(csv.DictReader(rows))
-    assert [row["call"] for row in table] == [*MOST, "torch's attention"]
-    assert all(0 < float(row["us_min"]) <= float(row["us"]) for row in table)
-    assert {(row["device"], row["calls"]) for row in table} == {("stub", "200")}
+    table = table_of("--stub", "--providers", "math", "flash_attn", to=tmp_path / "host.csv")
+    measured = [row for row in table if not row["note"]]
+    own = [row for row in measured if row["provider"] == "cuattn"]
+    assert [row["call"] for row in own] == list(MOST)
+    assert [(row["call"], row["provider"]) for row in measured if row not in own] == [
+        ("roof", "torch"),
+        ("attention", "math"),
+    ]
+    assert all(0 < float(row["us_min"]) <= float(row["us"]) for row in measured)
+    assert {(row["device"], row["calls"]) for row in measured} == {("stub", "200")}
+    assert all(float(row["percent_of_roof"]) > 0 and float(row["calls_per_s"]) > 0 for row in measured)
+    assert [row["call"] for row in measured if row["ratio_to_math"]] == ["attention", "attention"]
+    (missing,) = (row for row in table if row["note"])
+    assert missing["provider"] == "flash_attn"
+    assert "flash_attn" in missing["note"]
 
 
 @pytest.mark.gpu
 def test_the_bench_runs_on_a_device(tmp_path: Path) -> None:
-    file = tmp_path / "host_cost.csv"
-    command = [sys.executable, str(BENCH / "host_cost.py"), "--batches", "2", "--csv", str(file)]
-    subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert "us_min" in file.read_text(encoding="utf-8")
+    assert {row["device"] for row in table_of("--providers", "math", to=tmp_path / "host.csv")} != {"stub"}

@@ -114,3 +114,11 @@ def test_emulated_kernels_run_from_the_wheel(fresh: Path, tmp_path: Path) -> Non
 def test_info_runs_from_the_wheel(fresh: Path, tmp_path: Path, command: list[str]) -> None:
     text = run(fresh / command[0], *command[1:], "info", cwd=tmp_path)
     assert importlib.metadata.version("cuattn") in text
+
+
+def test_benchmarks_are_in_the_wheel(fresh: Path, tmp_path: Path) -> None:
+    """They say what they miss."""
+    assert "usage: cuattn bench prefill" in run(fresh / "cuattn", "bench", "prefill", "--help", cwd=tmp_path)
+    done = subprocess.run([fresh / "cuattn", "bench", "prefill"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "pip install 'cuattn[bench]'" in done.stderr

@@ -10,7 +10,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "kernels_cu"
 TWINS = ROOT / "cuattn" / "emulator" / "include"
-OPTIONAL = {"cupy", "jax", "ml_dtypes", "rich", "torch", "transformers", "vllm"}
+OPTIONAL = {
+    *("cupy", "flash_attn", "flashinfer", "jax", "matplotlib", "ml_dtypes", "rich", "torch", "transformers", "vllm"),
+}
 #: Modules that are imported inside functions themselves, with what they import when they are loaded.
 LATE = {
     "cuattn/autograd/__init__.py": {"torch"},
@@ -113,7 +115,7 @@ def test_torch_stays_out_of_what_computes() -> None:
         if re.search(r"^\s*(import torch|from torch)\b", file.read_text(encoding="utf-8"), re.MULTILINE)
     }
     assert "interop" in users
-    assert users <= {"autograd", "cli", "compat", "integrations", "interop", "testing", "replay.py"}
+    assert users <= {"autograd", "bench", "cli", "compat", "integrations", "interop", "testing", "replay.py"}
 
 
 def test_import_loads_no_optional_package() -> None:

@@ -1,4 +1,4 @@
-"""The command ``cuattn``: check, info, workload, cache, precompile."""
+"""The command ``cuattn``: check, info, workload, bench, cache, precompile."""
 
 import argparse
 import sys
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from cuattn import backend as backends
 from cuattn import env
-from cuattn.cli import check, info, kernels, workload
+from cuattn.cli import bench, check, info, kernels, workload
 from cuattn.errors import CompileError, MissingDependencyError
 
 
@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     environment variables exit with 2."""
     parser = argparse.ArgumentParser(prog="cuattn", description="Batch-invariant softmax attention.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (check, info, workload, kernels):
+    for module in (check, info, workload, bench, kernels):
         module.add_commands(commands)
     arguments = parser.parse_args(argv)
     try:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cuattn import __version__
+from cuattn import __version__, machine
 from cuattn import backend as backends
 from cuattn.api import attention as dense_attention
 from cuattn.api import attention_varlen
 from cuattn.cache import attention_kvcache
-from cuattn.cli import libraries, machine
+from cuattn.cli import libraries
 from cuattn.cli.arguments import output_file, output_file_or_standard
 from cuattn.cli.operations import AUTOGRAD, CONVENTIONS, load_attention, load_gradients
 from cuattn.config import ARCHITECTURES, DTYPES

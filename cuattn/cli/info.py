@@ -4,8 +4,7 @@ import argparse
 from typing import Any
 
 from cuattn import backend as backends
-from cuattn import env
-from cuattn.cli import machine
+from cuattn import env, machine
 from cuattn.cli.kernels import kibibytes
 from cuattn.reporting import Table, counted, make_reporter
 

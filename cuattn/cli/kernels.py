@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 from cuattn import env
+from cuattn.bench.options import positive
 from cuattn.config import ARCHITECTURES, DTYPES, HEAD_DIMS, MASKS
 from cuattn.reporting import Table, counted, make_reporter
 
@@ -30,7 +31,7 @@ def add_commands(commands: Any) -> None:
         choices=list(ARCHITECTURES),
         help="default: those of the devices present; without one, that of each compute capability",
     )
-    precompile.add_argument("--jobs", type=_positive, help="kernels compiled at a time; default: one a core")
+    precompile.add_argument("--jobs", type=positive, help="kernels compiled at a time; default: one a core")
     precompile.set_defaults(run=run_precompile)
 
 
@@ -80,13 +81,6 @@ def run_precompile(arguments: argparse.Namespace) -> int:
     seconds = time.perf_counter() - start
     reporter.line(f"{counted(len(kernels), 'kernel')} in {seconds:.1f} s, in {env.cache_dir()}", good=True)
     return 0
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"got {number}, expected at least 1")
-    return number
 
 
 def kibibytes(size: int) -> str:

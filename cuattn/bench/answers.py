@@ -1,126 +1,15 @@
-"""torch on the device: the peers that cuattn is measured beside, and the answers that it is judged by."""
+"""What is right: answers in float64 on the device, and the rules by which results are measured at all."""
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from cuattn.bench.peers import Attempt
 from cuattn.testing import LIMITS
 
-#: Name -> member of torch.nn.attention.SDPBackend.
-SDPA = {
-    "flash": "FLASH_ATTENTION",
-    "cudnn": "CUDNN_ATTENTION",
-    "efficient": "EFFICIENT_ATTENTION",
-    "math": "MATH",
-}
-#: torch's flash backend with `torch.use_deterministic_algorithms`: its gradients are the same in each run.
-DETERMINISTIC = "flash_deterministic"
-#: The fastest ones that serve a dtype.
-FASTEST = {
-    "float16": ("flash", "cudnn"),
-    "bfloat16": ("flash", "cudnn"),
-    "float32": ("efficient", "math"),
-}
-#: Those whose gradients are measured; the math backend holds all scores.
-GRADIENTS = {
-    "float16": ("flash", DETERMINISTIC, "cudnn"),
-    "bfloat16": ("flash", DETERMINISTIC, "cudnn"),
-    "float32": ("efficient",),
-}
 #: Scores that the answers below hold at a time, in elements.
 _SCORES = 1 << 27
-
-
-@contextlib.contextmanager
-def only(name: str) -> Iterator[None]:
-    """Inside it `torch.nn.functional.scaled_dot_product_attention` uses this backend or raises RuntimeError."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    with sdpa_kernel(getattr(SDPBackend, SDPA[name])):
-        yield
-
-
-@contextlib.contextmanager
-def deterministic_flash() -> Iterator[None]:
-    """`only` flash, with deterministic gradients, and without the NaN that torch then writes to all new memory."""
-    import torch
-
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        with only("flash"):
-            yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
-
-
-def backend_of(provider: str) -> contextlib.AbstractContextManager[None]:
-    """`only` for a peer's name, nothing for another provider's."""
-    if provider == DETERMINISTIC:
-        return deterministic_flash()
-    return only(provider) if provider in SDPA else contextlib.nullcontext()
-
-
-def sdpa(q: Any, k: Any, v: Any, mask: str) -> Any:
-    """torch SDPA. Its causal mask is aligned top-left, so that only square problems mean the same as cuattn's."""
-    import torch
-
-    if mask == "causal" and q.shape[2] != k.shape[2]:
-        raise ValueError(f"mask: got causal with {q.shape[2]} queries and {k.shape[2]} keys, expected as many of both")
-    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=mask == "causal", **grouped)
-
-
-def available(
-    q: Any,
-    k: Any,
-    v: Any,
-    mask: str,
-    report: Callable[[str], None] = print,
-    names: Iterable[str] | None = None,
-) -> dict[str, Any]:
-    """Outputs of those peers that can compute this problem; for each other one a line to ``report`` says why.
-
-    ``names`` are those to try, by default the fastest ones for q's dtype.
-    """
-    outputs, reasons = attempt(q, k, v, mask, names or FASTEST[str(q.dtype).removeprefix("torch.")])
-    for name, reason in reasons.items():
-        report(f"without SDPA {name}: {reason}")
-    return outputs
-
-
-def attempt(q: Any, k: Any, v: Any, mask: str, names: Iterable[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """(outputs of the peers that can compute this problem, for each other one the reason)."""
-    return attempt_all({name: partial(sdpa, q, k, v, mask) for name in names})
-
-
-def attempt_all(calls: Mapping[str, Callable[[], Any]]) -> tuple[dict[str, Any], dict[str, str]]:
-    """(results of those peers whose call succeeds, for each other one the reason)."""
-    results = {name: _attempt(name, call) for name, call in calls.items()}
-    reasons = {name: first_line(error) for name, error in results.items() if isinstance(error, Exception)}
-    return {name: result for name, result in results.items() if name not in reasons}, reasons
-
-
-def _attempt(name: str, call: Callable[[], Any]) -> Any:
-    """The peer's result, or the exception that it ran into."""
-    import torch
-
-    try:
-        with backend_of(name):
-            result = call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-    except Exception as error:  # whatever a peer runs into, the others go on
-        return error
-    return result
-
-
-def first_line(error: Exception) -> str:
-    reason = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {reason}"
+#: A peer's relative error may be so many times that of the unfused one: less than any other mask or scale would make.
+_WRONG = 16
 
 
 def gold_and_unfused(q: Any, k: Any, v: Any, mask: str) -> tuple[Any, Any, Any]:
@@ -203,7 +92,26 @@ def largest_error(out: Any, gold: Any) -> float:
     return float((out.double() - gold).abs().max())
 
 
-def why_inaccurate(out: Any, gold: Any, references: dict[str, Any], dtype: str) -> str | None:
+def why_wrong(results: Mapping[str, Any], gold: Any, unfused: Any) -> dict[str, str]:
+    """Of peers' results, those that are so far from ``gold`` that they are another problem's, with the reason."""
+    dtype = str(unfused.dtype).removeprefix("torch.")
+    allowed = _WRONG * max(relative_error(unfused, gold), LIMITS[dtype].floor)
+    errors = {name: relative_error(result, gold) for name, result in results.items()}
+    return {
+        name: f"wrong: relative L2 error {error:.3g}, allowed {allowed:.3g}"
+        for name, error in errors.items()
+        if not error <= allowed
+    }
+
+
+def references(tried: Attempt, part: Callable[[Any], Any], gold: Any, unfused: Any) -> dict[str, Any]:
+    """What cuattn's answer is judged by: this part of the peers' results and the unfused one. Refuses wrong results."""
+    parts = {name: part(result) for name, result in tried.results.items()}
+    tried.refuse(why_wrong(parts, gold, unfused))
+    return {**{name: parts[name] for name in tried.results}, "unfused": unfused}
+
+
+def why_inaccurate(out: Any, gold: Any, references: Mapping[str, Any], dtype: str) -> str | None:
     """None if ``out`` is about as accurate as the worst of the ``references``, by the rules of cuattn.testing."""
     worst = max(relative_error(reference, gold) for reference in references.values())
     limits = LIMITS[dtype]

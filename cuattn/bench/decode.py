@@ -11,37 +11,37 @@ around a CUDA graph of calls in a row that go through several caches, together t
 cache may be that large already); the providers take turns in each repeat. A time is the median of the repeats, beside
 the smallest and the largest.
 
-Providers: "cuattn" with automatic splits, "cuattn 4 splits", "cuattn portable" as in forward.py, and torch SDPA's
-backends; of one that cannot compute or capture the problem, the note says why. ratio_to_best_fixed: automatic over the
-best fixed number of splits. Figures: "decode"; "host call", the time from Python's entry to its return without
-synchronisation; "roof", sum and copy. Exit status 1 if a problem was refused.
+Providers: "cuattn" with automatic splits, "cuattn 4 splits", "cuattn portable" as in `cuattn bench prefill`, and the
+peers of --providers; of one that cannot compute or capture the problem, the note says why. ratio_to_best_fixed:
+automatic over the best fixed number of splits. Figures: "decode"; "roof", sum and copy. Exit status 1 if a problem was
+refused.
 """
 
 import argparse
 import itertools
 import math
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
-import families
-import peers
-import timing
-from common import PROVENANCE, begin, within
-from timing import Call, Times
-
 import cuattn
+from cuattn.bench import answers, families, peers, timing
+from cuattn.bench.options import add_effort, add_files, add_providers, chosen_peers, positive
+from cuattn.bench.peers import Attempt, Call
+from cuattn.bench.results import PROVENANCE, notes, within
+from cuattn.bench.runs import begin, finish
+from cuattn.bench.timing import Times
 
 COLUMNS = (
     *("figure", "dtype", "head_dim", "batch", "length", "heads", "kv_heads", "page_size", "provider"),
     *(*timing.COLUMNS, "gigabytes", "gb_per_s", "percent_of_sum", "percent_of_copy"),
-    *(f"ratio_to_{peer}" for peer in peers.SDPA),
-    *("ratio_to_best_fixed", "note", *PROVENANCE),
+    *(*timing.RATIOS, "ratio_to_best_fixed", "note", *PROVENANCE),
 )
-PEERS = ("flash", "cudnn", "efficient")
 SPLITS = (1, 4, 16, 64)
 ROOF_BYTES = 4 << 30
+NO_ROOFS: Mapping[str, float] = MappingProxyType({})
 Heads = tuple[int, int]  # of queries, and of keys
 
 
@@ -113,53 +113,53 @@ def sequences(given: dict[str, Any], items: Sequence[int]) -> tuple[Any, Any, An
     return q, k, v
 
 
-def why_refused(problem: Problem, given: dict[str, Any], outputs: dict[str, Any]) -> str | None:
-    """None if cuattn's answer is accurate and invariant; ``outputs`` (B, Hq, 1, D) are the peers'."""
+def why_refused(
+    problem: Problem, given: dict[str, Any], checked: Sequence[int], gold: Any, references: Mapping[str, Any]
+) -> str | None:
+    """None if cuattn's answer is invariant and, for the ``checked`` sequences, as accurate as others' answers."""
     out = cuattn.attention_kvcache(**given).transpose(1, 2)
     for splits in (1, 3):
-        if not peers.same_bits(cuattn.attention_kvcache(**given, num_splits=splits).transpose(1, 2), out):
+        if not answers.same_bits(cuattn.attention_kvcache(**given, num_splits=splits).transpose(1, 2), out):
             return f"other bits with num_splits={splits}"
     for name, function in families.portable(cuattn.attention_kvcache).items():
-        if not peers.same_bits(function(**given).transpose(1, 2), out):
+        if not answers.same_bits(function(**given).transpose(1, 2), out):
             return f"other bits than {name}"
-    items = sorted({0, problem.batch - 1})
-    q, k, v = sequences(given, items)
-    for number, item in enumerate(items):
-        one = slice(number, number + 1)
-        if not peers.same_bits(cuattn.attention(q[one], k[one], v[one]), out[item : item + 1]):
+    for item in checked:
+        if not answers.same_bits(cuattn.attention(*sequences(given, [item])), out[item : item + 1]):
             return f"other bits for sequence {item} alone"
-    gold, _, unfused = peers.gold_and_unfused(q, k, v, "full")
-    references = {name: result[items] for name, result in outputs.items()} | {"unfused": unfused}
-    return peers.why_inaccurate(out[items], gold, references, problem.dtype)
+    return answers.why_inaccurate(out[checked], gold, references, problem.dtype)
+
+
+def attempt(problem: Problem, sets: Sequence[dict[str, Any]], names: Sequence[str]) -> tuple[Attempt, str | None]:
+    """What the peers made of it, and why cuattn's answer is refused, or None; the first and the last sequence are
+    compared with float64.
+    """
+    tried = peers.attempt(names, lambda peer: [peer.decode(**given) for given in sets])
+    checked = sorted({0, problem.batch - 1})
+    gold, _, unfused = answers.gold_and_unfused(*sequences(sets[0], checked), "full")
+    references = answers.references(tried, lambda result: result[checked], gold, unfused)
+    return tried, why_refused(problem, sets[0], checked, gold, references)
 
 
 def calls_of(function: Callable[..., Any], sets: Sequence[dict[str, Any]], **options: Any) -> list[Call]:
-    return [lambda given=given: function(**given, **options) for given in sets]  # type: ignore[misc]
+    return [partial(function, **given, **options) for given in sets]
 
 
-def peer_call(q: Any, k_cache: Any, v_cache: Any, cache_lengths: Any) -> Any:
-    return peers.sdpa(q.transpose(1, 2), k_cache.transpose(1, 2), v_cache.transpose(1, 2), "full")
-
-
-def measure(problem: Problem, splits: Sequence[int], repeats: int) -> tuple[Times, dict[str, str]] | str:
-    """(times, why other peers have none), or why there are none at all."""
-    given = problem.inputs()
-    outputs: dict[str, Any] = {}
-    reasons = dict.fromkeys(PEERS, "does not know pages")
-    if not problem.page_size:
-        q, k, v = (given[name].transpose(1, 2) for name in ("q", "k_cache", "v_cache"))
-        outputs, reasons = peers.attempt(q, k, v, "full", PEERS)
-    refused = why_refused(problem, given, outputs)
+def measure(
+    problem: Problem, names: Sequence[str], splits: Sequence[int], repeats: int
+) -> tuple[Times, dict[str, str]] | str:
+    """(times, why peers have none), or why there are none at all."""
+    first = problem.inputs()
+    sets = [first, *(problem.inputs() for _ in range(1, math.ceil(timing.COLD_BYTES / problem.cache_bytes)))]
+    tried, refused = attempt(problem, sets, names)
     if refused:
         return refused
-    sets = [given, *(problem.inputs() for _ in range(1, math.ceil(timing.COLD_BYTES / problem.cache_bytes)))]
-    providers = {"cuattn": calls_of(cuattn.attention_kvcache, sets)}
+    providers: dict[str, Sequence[Call]] = {"cuattn": calls_of(cuattn.attention_kvcache, sets)}
     providers |= {f"cuattn {n} splits": calls_of(cuattn.attention_kvcache, sets, num_splits=n) for n in splits}
-    others = families.portable(cuattn.attention_kvcache)
-    providers |= {name: calls_of(function, sets) for name, function in others.items()}
-    providers |= {name: calls_of(peer_call, sets) for name in outputs}
-    times, uncaptured = timing.time_graphs(providers, repeats)
-    return times, reasons | uncaptured
+    portable = families.portable(cuattn.attention_kvcache)
+    providers |= {name: calls_of(function, sets) for name, function in portable.items()}
+    times, uncaptured = timing.time_graphs({**providers, **tried.calls}, repeats)
+    return times, tried.reasons | uncaptured
 
 
 def measure_roof(repeats: int) -> tuple[Times, dict[str, int]]:
@@ -174,24 +174,8 @@ def measure_roof(repeats: int) -> tuple[Times, dict[str, int]]:
     }
 
 
-def measure_host(problem: Problem) -> Times:
-    """Also of a call that appends a token in place, at the same position each time."""
-    import torch
-
-    given = problem.inputs()
-    new = torch.randn(problem.batch, 1, problem.kv_heads, problem.head_dim, device="cuda").to(given["q"].dtype)
-    before = {"cache_lengths": given["cache_lengths"] - 1, "k_new": new, "v_new": new}
-    providers: dict[str, Call] = {
-        "cuattn": lambda: cuattn.attention_kvcache(**given),
-        "cuattn append": lambda: cuattn.attention_kvcache(**given | before),
-    }
-    if not problem.page_size:
-        providers["flash"] = lambda: peer_call(**given)
-    return timing.time_host(providers)
-
-
 def rows_of(
-    labels: dict[str, Any], times: Times, size: dict[str, int] | None = None, roofs: dict[str, float] | None = None
+    labels: dict[str, Any], times: Times, size: Mapping[str, int], roofs: Mapping[str, float] = NO_ROOFS
 ) -> list[dict[str, Any]]:
     """CSV rows, a provider each. ``size``: bytes of a call; ``roofs``: bytes a millisecond."""
     rows = []
@@ -199,46 +183,51 @@ def rows_of(
     fixed = [value for name, value in ms.items() if name.endswith("splits")]
     for name, samples in times.items():
         row = {**labels, "provider": name, **timing.figures(samples), **timing.ratios(name, times)}
-        if size:
-            rate = size[name] / ms[name]
-            row |= {"gigabytes": f"{size[name] / 1e9:.4f}", "gb_per_s": f"{rate / 1e6:.0f}"}
-            row |= {f"percent_of_{roof}": f"{100 * rate / value:.1f}" for roof, value in (roofs or {}).items()}
+        rate = size[name] / ms[name]
+        row |= {"gigabytes": f"{size[name] / 1e9:.4f}", "gb_per_s": f"{rate / 1e6:.0f}"}
+        row |= {f"percent_of_{roof}": f"{100 * rate / value:.1f}" for roof, value in roofs.items()}
         if fixed and name == "cuattn":
             row["ratio_to_best_fixed"] = f"{min(fixed) / ms[name]:.3f}"
         rows.append(row)
     return rows
 
 
-def line_of(row: dict[str, Any]) -> str:
+def line_of(row: Mapping[str, Any]) -> str:
     """One row for a reader."""
     if row.get("note"):
-        return str(row["note"])
+        return f"not measured: {row['note']}"
     line = f"{1e3 * float(row['ms']):9.1f} us ({1e3 * float(row['ms_min']):.1f} to {1e3 * float(row['ms_max']):.1f})"
-    if "gb_per_s" in row:
-        line += f" {row['gb_per_s']:>5} GB/s"
+    line += f" {row['gb_per_s']:>5} GB/s"
     if "percent_of_sum" in row:
         line += f" {row['percent_of_sum']:>5} % of sum {row['percent_of_copy']:>5} % of copy"
-    others = (*peers.SDPA, "best_fixed")
-    return line + "".join(f" {float(row['ratio_to_' + p]):.2f} x {p}" for p in others if f"ratio_to_{p}" in row)
+    return f"{line} {timing.shown_ratios(row, ('best_fixed',))}"
 
 
 def head_counts(text: str) -> Heads:
     """ "32/8": 32 query heads, 8 key heads."""
-    heads, _, kv_heads = text.partition("/")
-    return int(heads), int(kv_heads or heads)
+    first, _, second = text.partition("/")
+    heads, kv_heads = int(first), int(second or first)
+    if not 0 < kv_heads <= heads or heads % kv_heads:
+        raise argparse.ArgumentTypeError(f"got {text}, expected a multiple of the key heads over the key heads")
+    return heads, kv_heads
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64, 256])
-    parser.add_argument("--length", type=int, nargs="+", default=[1024, 2048, 8192, 32768, 131072], help="of a cache")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch", type=positive, nargs="+", default=[1, 8, 64, 256])
+    parser.add_argument(
+        "--length", type=positive, nargs="+", default=[1024, 2048, 8192, 32768, 131072], help="of a cache"
+    )
     parser.add_argument("--heads", type=head_counts, nargs="+", metavar="HQ/HKV", default=[(32, 8), (32, 32), (64, 8)])
-    parser.add_argument("--page-size", type=int, nargs="*", default=[16, 256])
-    parser.add_argument("--splits", type=int, nargs="*", default=SPLITS, help="fixed numbers to compare with")
+    parser.add_argument("--page-size", type=positive, nargs="*", default=[16, 256])
+    parser.add_argument("--splits", type=positive, nargs="*", default=SPLITS, help="fixed numbers to compare with")
     parser.add_argument("--gigabytes", type=float, default=100, help="largest cache (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=300, help="no new problem after them (default: %(default)s)")
-    options, results = begin(parser, COLUMNS)
+    add_providers(parser, peers.FORWARD)
+    add_effort(parser, repeats=7)
+    add_files(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    results = begin(options, COLUMNS)
     import torch
 
     def add(problem: Problem | str, rows: Sequence[dict[str, Any]]) -> None:
@@ -247,28 +236,21 @@ def main() -> int:
             print(f"{problem} {row['provider']:16} {line_of(row)}", flush=True)
 
     times, size = measure_roof(options.repeats)
-    add("roof", rows_of({"figure": "roof", "dtype": "float32"}, times, size))
     roofs = {name: size[name] / ms for name, ms in timing.medians(times).items()}
+    add("roof", rows_of({"figure": "roof", "dtype": "float32"}, times, size))
     refused = 0
     todo = problems(options.batch, options.length, options.heads, options.page_size, 1e9 * options.gigabytes)
     for problem in within(options.seconds, todo):
         compared = (problem.heads, problem.kv_heads) == options.heads[0] and not problem.page_size
-        result = measure(problem, options.splits if compared else (), options.repeats)
+        measured = measure(problem, chosen_peers(options), options.splits if compared else (), options.repeats)
         torch.cuda.empty_cache()  # the next problem's caches have other sizes
-        if isinstance(result, str):
+        if isinstance(measured, str):
             refused += 1
-            print(f"{problem} REFUSED: {result}", flush=True)
+            print(f"{problem} REFUSED: {measured}", flush=True)
             continue
-        times, reasons = result
+        times, reasons = measured
         labels = {"figure": "decode", **asdict(problem)}
-        add(problem, rows_of(labels, times, dict.fromkeys(times, problem.bytes), roofs))
-        add(problem, [{**labels, "provider": name, "note": reason} for name, reason in reasons.items()])
-    heads, kv_heads = options.heads[0]
-    for page_size in (0, 16):
-        tiny = Problem(1, 1024, heads, kv_heads, page_size)
-        add(f"host call {tiny}", rows_of({"figure": "host call", **asdict(tiny)}, measure_host(tiny)))
+        rows = rows_of(labels, times, dict.fromkeys(times, problem.bytes), roofs)
+        add(problem, [*rows, *notes(labels, reasons)])
+    finish(options, results)
     return int(refused > 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,22 +2,21 @@
 
 import itertools
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import peers
+from cuattn.bench import peers
+from cuattn.bench.peers import Call
 
-Call = Callable[[], Any]
 Times = dict[str, list[float]]  # of each provider, milliseconds of one call
 
-#: The keys of `figures`.
+#: The keys of `figures`, and those of `ratios`.
 COLUMNS = ("ms", "ms_min", "ms_max", "repeats")
+RATIOS = tuple(f"ratio_to_{peer}" for peer in peers.PEERS)
 #: One timed stretch lasts about this long, so that the resolution of events does not count.
 STRETCH_MS = 4.0
 #: Bytes that calls in a row must go through for each to find a cold L2 cache: three times the 50 MB of an H200.
 COLD_BYTES = 150e6
-HOST_CALLS = 1000
 
 
 def rotating(calls: Sequence[Call]) -> Call:
@@ -32,7 +31,7 @@ def time_in_turns(providers: Mapping[str, Call], repeats: int) -> Times:
 
     def stretch(name: str, count: int) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        with peers.backend_of(name):
+        with peers.setting_of(name):
             start.record()
             for _ in range(count):
                 providers[name]()
@@ -67,7 +66,7 @@ def _captured(name: str, calls: Sequence[Call]) -> Call | str:
     try:
         return _graph_of(name, calls)
     except Exception as error:
-        if name not in peers.SDPA:
+        if name not in peers.PEERS:
             raise
         return peers.first_line(error)
 
@@ -75,7 +74,7 @@ def _captured(name: str, calls: Sequence[Call]) -> Call | str:
 def _graph_of(name: str, calls: Sequence[Call]) -> Call:
     import torch
 
-    with peers.backend_of(name):
+    with peers.setting_of(name):
         for call in calls:  # whatever the first call compiles, loads or chooses cannot be captured
             call()
         torch.cuda.synchronize()
@@ -85,25 +84,6 @@ def _graph_of(name: str, calls: Sequence[Call]) -> Call:
                 call()
     replay: Call = graph.replay
     return replay
-
-
-def time_host(providers: Mapping[str, Call]) -> Times:
-    """From a call's entry to its return, HOST_CALLS times; the work must be so little that the device keeps up."""
-    import torch
-
-    times: Times = {}
-    for name, call in providers.items():
-        with peers.backend_of(name):
-            for _ in range(100):
-                call()
-            torch.cuda.synchronize()
-            times[name] = []
-            for _ in range(HOST_CALLS):
-                start = time.perf_counter()
-                call()
-                times[name].append(1e3 * (time.perf_counter() - start))
-            torch.cuda.synchronize()
-    return times
 
 
 def figures(samples: Sequence[float]) -> dict[str, Any]:
@@ -119,5 +99,10 @@ def medians(times: Times) -> dict[str, float]:
 def ratios(name: str, times: Times) -> dict[str, str]:
     """A provider's speed over each peer's, by column: above 1 is faster."""
     ms = medians(times)
-    others = (*peers.SDPA, peers.DETERMINISTIC)
-    return {f"ratio_to_{peer}": f"{ms[peer] / ms[name]:.3f}" for peer in others if peer in ms}
+    return {f"ratio_to_{peer}": f"{ms[peer] / ms[name]:.3f}" for peer in peers.PEERS if peer in ms}
+
+
+def shown_ratios(row: Mapping[str, Any], others: Sequence[str] = ()) -> str:
+    """A row's ratios to peers, and to others, for a reader."""
+    names = (*peers.PEERS, *others)
+    return " ".join(f"{float(row['ratio_to_' + name]):.2f} x {name}" for name in names if f"ratio_to_{name}" in row)

@@ -16,7 +16,7 @@ def versions() -> dict[str, str]:
         "cuattn": cuattn.__version__,
         "contract": str(cuattn.CONTRACT_VERSION),
         "python": platform.python_version(),
-        **{package: _installed_version(package) for package in ("numpy", "torch", "ml_dtypes", "rich")},
+        **{package: installed_version(package) for package in ("numpy", "torch", "ml_dtypes", "rich")},
         **_cuda_versions(),
     }
 
@@ -34,7 +34,8 @@ def devices() -> list[str]:
     return lines
 
 
-def _installed_version(package: str) -> str:
+def installed_version(package: str) -> str:
+    """Of a distribution; ABSENT for one that is missing."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
