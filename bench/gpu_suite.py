@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cuattn import env
+from cuattn.bench import families
 from cuattn.bench.results import ROOT
 
 #: Exit status of compute-sanitizer when it has found something.
@@ -40,7 +41,7 @@ for command in (["nvidia-smi"], ["compute-sanitizer", "--version"], ["g++", "--v
 class Step:
     """A command, the most seconds that it may take, the status that it must end with, the last lines that are shown.
 
-    group: what runs it besides its name: "suite" if nothing is named.
+    group: what runs it besides its name: "suite" if nothing is named. variables: of its environment.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Step:
     status: int = 0
     shown: int = 3
     group: str = "suite"
+    variables: tuple[tuple[str, str], ...] = ()
 
 
 def python(*arguments: str) -> tuple[str, ...]:
@@ -78,8 +80,8 @@ def all_steps(folder: Path) -> list[Step]:
     def script(name: str, *arguments: str) -> tuple[str, ...]:
         return python(f"bench/{name}.py", *arguments, *to_file(name))
 
-    def planted(tool: str, bug: str, *what: str) -> Step:
-        return Step(f"planted_{bug}", 30, sanitize(tool, "--plant", bug, *what), FOUND)
+    def planted(tool: str, bug: str, *what: str, variables: tuple[tuple[str, str], ...] = ()) -> Step:
+        return Step(f"planted_{bug}", 30, sanitize(tool, "--plant", bug, *what), FOUND, variables=variables)
 
     def many_rows(head_dim: int) -> tuple[str, ...]:
         return "--head-dim", str(head_dim), "--call"
@@ -93,6 +95,8 @@ def all_steps(folder: Path) -> list[Step]:
     some = ("--head-dim", "128", "--length", "1024", "8192")
     dims = ("--head-dim", "24", "64", "72", "128", "256")
     check = python("-m", "cuattn", "check", "--backend", "cuda", "--json", str(folder / "check.json"))
+    target = families.portable_target()
+    portable = ((env.ARCH, target),) if target else ()
     workers = str(max(1, (os.cpu_count() or 1) - 2))
     return [
         Step("versions", 30, python("-c", VERSIONS), shown=0),
@@ -100,7 +104,8 @@ def all_steps(folder: Path) -> list[Step]:
         Step("smoke_decode", 40, bench("decode", *few, *fast, "--seconds", "15"), shown=24, group="smoke"),
         Step("info", 30, python("-m", "cuattn", "info"), shown=20),
         Step("precompile", 60, python("-m", "cuattn", "precompile", *dims), shown=1),
-        Step("tests_gpu", 200, pytest("-m", "gpu", "-n", "4"), shown=8),
+        Step("tests_gpu", 300, pytest("-m", "gpu", "-n", "8"), shown=8),
+        Step("tests_portable", 300, pytest("-m", "gpu", "-n", "8"), shown=8, group="", variables=portable),
         Step("decode", 90, bench("decode", *fast, "--seconds", "70"), shown=24),
         Step("padded", 45, script("padded", "--seconds", "35"), shown=20),
         Step("forward", 100, bench("prefill", *fast, "--seconds", "75", to="forward"), shown=24),
@@ -114,14 +119,14 @@ def all_steps(folder: Path) -> list[Step]:
         planted("memcheck", "append", *call("append beyond")),
         planted("memcheck", "gradient", *call("backward")),
         Step("racecheck", 110, sanitize("racecheck")),
-        planted("racecheck", "overlap", *many_rows(64)),
-        planted("racecheck", "barrier", *many_rows(128)),
-        planted("racecheck", "columns", *call("few rows")),
+        planted("racecheck", "overlap", *many_rows(64), variables=portable),
+        planted("racecheck", "barrier", *many_rows(128), variables=portable),
+        planted("racecheck", "columns", *call("few rows"), variables=portable),
         planted("racecheck", "scan", *call("mask")),
         planted("racecheck", "rows", *call("backward")),
         planted("racecheck", "shared", *call("backward, 256 columns")),
         planted("racecheck", "keys", *call("backward")),
-        Step("check", 170, check, shown=5),
+        Step("check", 300, check, shown=5),
         Step("accuracy", 60, script("accuracy")),
         Step("jit_time", 60, bench("jit", "--providers", "cuattn", "--repeats", "3", to="jit_time"), shown=8),
         Step("peers_prefill", 200, bench("prefill", *some, "--seconds", "150", to="peers_prefill"), 0, 8, "peers"),
@@ -141,7 +146,13 @@ def all_steps(folder: Path) -> list[Step]:
 def run(step: Step, seconds: float, output: Path, cache: str) -> int:
     """The command's exit status, 124 if it ran out of time; it and all that it started have ended then."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    variables = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", env.CACHE_DIR: cache}
+    variables = {
+        **os.environ,
+        "PYTHONPATH": path,
+        "PYTHONUNBUFFERED": "1",
+        env.CACHE_DIR: cache,
+        **dict(step.variables),
+    }
     with output.open("wb") as file:
         try:
             process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""The portable kernels beside those made for one GPU: with CUATTN_ARCH=sm_90a, on a Hopper GPU, there are both."""
+"""The portable kernels beside those made for one GPU: on a Hopper GPU there are both."""
 
 import functools
 import os
@@ -16,14 +16,19 @@ _PORTABLE_TARGETS = {"sm_90a": "sm_90"}
 
 def portable(function: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
     """The function on the portable kernels, by the provider's name; nothing where they run anyway."""
+    target = portable_target()
+    return {PORTABLE: on_target(function, target)} if target else {}
+
+
+def portable_target() -> str | None:
+    """What CUATTN_ARCH must name for the portable kernels to run; None where they run anyway, or no GPU is."""
     import torch
 
     from cuattn.launch import device_architecture
 
     if not torch.cuda.is_available():
-        return {}
-    target = _PORTABLE_TARGETS.get(device_architecture(torch.cuda.current_device()))
-    return {PORTABLE: on_target(function, target)} if target else {}
+        return None
+    return _PORTABLE_TARGETS.get(device_architecture(torch.cuda.current_device()))
 
 
 def on_target(function: Callable[..., Any], target: str) -> Callable[..., Any]:

@@ -126,7 +126,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head-dim", type=int, choices=configs.HEAD_DIMS, default=128, metavar="D")
     parser.add_argument("--mask", choices=configs.MASKS, default="causal")
     parser.add_argument("--dtype", choices=configs.DTYPES, default="bfloat16")
-    parser.add_argument("--arch", choices=configs.ARCHITECTURES, default="sm_90")
+    parser.add_argument("--arch", choices=configs.ARCHITECTURES, default="sm_90a")
     parser.add_argument("--repeats", type=positive, default=5, help="processes (default: %(default)s)")
     add_providers(parser, peers.FORWARD)
     add_files(parser, plot=False)

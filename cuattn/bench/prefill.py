@@ -13,7 +13,7 @@ the L2 cache; the providers take turns in each repeat. A time is the median of t
 largest.
 
 Providers: "cuattn" is the public call, "cuattn launch" the launches alone with everything prepared, "cuattn portable"
-the public call on the portable kernels where others run, with the same bits; the peers are those of --providers, and of
+the same launches of the portable kernels where others run, with the same bits; the peers are those of --providers, and of
 one without figures the note says why. Figures: "forward"; "roof", the matrix product. Pass "again" repeats the first
 problem and the roof at the end: the drift. Exit status 1 if a problem was refused.
 """
@@ -139,7 +139,10 @@ def providers_of(problem: Problem, sets: Sequence[Inputs]) -> dict[str, Call]:
     return {
         "cuattn": each(cuattn.attention),
         "cuattn launch": timing.rotating([prepared_launches(*qkv, problem.mask) for qkv in sets]),
-        **{name: each(function) for name, function in families.portable(cuattn.attention).items()},
+        **{
+            name: timing.rotating([prepare(*qkv, problem.mask) for qkv in sets])
+            for name, prepare in families.portable(prepared_launches).items()
+        },
     }
 
 
