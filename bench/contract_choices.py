@@ -53,19 +53,19 @@ COLUMNS = (
 STORE_FP32: tuple[Substitution, ...] = (
     (
         "attn/epilogue.cuh",
-        "            ptx::store_shared_u32(scratch + Rows::offset(row, b) + 4 * (lane & 3),\n"
-        "                                  ptx::pack_16bit<bfloat16>(normalised(out[b][2 * half], scale),\n"
-        "                                                            normalised(out[b][2 * half + 1], scale)));\n",
-        "            if (row < valid) {\n"
-        "                float* const to = reinterpret_cast<float*>(row_out(row)) + 8 * b + 2 * (lane & 3);\n"
-        "                ptx::store_global_f32(to, normalised(out[b][2 * half], scale));\n"
-        "                ptx::store_global_f32(to + 1, normalised(out[b][2 * half + 1], scale));\n"
-        "            }\n",
+        "                pair[i] = ptx::pack_16bit<bfloat16>(normalised(out[b][2 * half], scale),\n"
+        "                                                    normalised(out[b][2 * half + 1], scale));\n",
+        "                pair[i] = 0;\n"
+        "                if (row < valid && first + i < units) {\n"
+        "                    float* const fp32 = reinterpret_cast<float*>(to) + 8 * b + 2 * (lane & 3);\n"
+        "                    ptx::store_global_f32(fp32, normalised(out[b][2 * half], scale));\n"
+        "                    ptx::store_global_f32(fp32 + 1, normalised(out[b][2 * half + 1], scale));\n"
+        "                }\n",
     ),
     (
         "attn/epilogue.cuh",
-        "        if (row < valid) {\n            ptx::store_global_u32x4",
-        "        if (false) {\n            ptx::store_global_u32x4",
+        "            if (row < valid && unit < units) {",
+        "            if (false) {",
     ),
 )
 SUM_ROUNDED: tuple[Substitution, ...] = (

@@ -1,26 +1,25 @@
 // Forward attention for Hopper (sm_90a) in 16 bits: wgmma, the copy engine, mbarriers. The including unit defines namespace
 // cuattn::config with the constants of one KernelConfig (cuattn/jit/unit.py).
 //
-// One block computes packed rows of one key head, 64 for each consumer warpgroup, one such tile after the other. Warpgroup 0
-// fills the ring with tiles of keys and values, and fetches the next queries. A consumer starts the products of its queries with the keys of tile j and then those of the weights with
-// the values of tile j - 1, and turns scores into weights while these run; warpgroups take turns, so that one's exponentials
-// overlap the other's products. Several blocks may share the chunks of the same rows (attn/block_work.cuh). What a row
-// computes, and in which order, depends on absolute key positions alone (docs/numerics.md), and is what the other kernels
-// compute.
+// One block computes packed rows of one key head, 64 for each consumer warpgroup, and then others. Warpgroup 0 fills the ring
+// with tiles of keys and values, and fetches the next queries (attn/producers.cuh). A consumer starts the products of its
+// queries with the keys of tile j and then those of the weights with the values of tile j - 1, and turns scores into weights
+// while these run; warpgroups take turns, so that one's exponentials overlap the other's products. Several blocks may share
+// the chunks of the same rows (attn/block_work.cuh). What a row computes, and in which order, depends on absolute key
+// positions alone (docs/numerics.md), and is what the other kernels compute.
 #pragma once
 
+#include <attn/block_sm90.cuh>
 #include <attn/block_work.cuh>
 #include <attn/chunks.cuh>
 #include <attn/epilogue.cuh>
-#include <attn/key_copies.cuh>
 #include <attn/params.cuh>
+#include <attn/producers.cuh>
 #include <attn/query_copies.cuh>
 #include <attn/results.cuh>
 #include <attn/ring.cuh>
 #include <attn/rows.cuh>
 #include <attn/softmax.cuh>
-#include <attn/tile.cuh>
-#include <attn/warpgroup_products.cuh>
 #include <attn/work.cuh>
 #include <common/types.cuh>
 #include <ptx/cp_async.cuh>
@@ -31,62 +30,6 @@
 #include <ptx/wgmma.cuh>
 
 namespace cuattn {
-
-using config::head_dim, config::value_dim, config::tile_dim, config::value_tile_dim, config::key_tile,
-    config::consumers, config::ring_slots, config::value_columns, config::split;
-
-static_assert(config::contract_version == 1, "this file implements version 1 of docs/numerics.md");
-static_assert(head_dim % 8 == 0 && value_dim % 8 == 0 && value_dim <= value_columns && value_columns <= value_tile_dim);
-static_assert(config::chunk_length(0) % key_tile == 0, "a chunk is a whole number of tiles");
-static_assert((!split || config::ragged) && (!config::few || split),
-              "lengths are read on the device where blocks share rows");
-
-constexpr int warpgroup = 128, group_rows = 64;  // threads and rows
-constexpr int block_rows = consumers * group_rows, threads = (1 + consumers) * warpgroup;
-constexpr bool moves_registers = consumers > 1;  // else there are as many as a thread can have
-constexpr int widest = tile_dim > value_tile_dim ? tile_dim : value_tile_dim;
-constexpr int slot_elements = key_tile * widest;
-constexpr int query_elements = group_rows * tile_dim;
-
-using QueryTile = Tile<tile_dim, 2, group_rows>;
-using KeyTile = Tile<tile_dim, 2, key_tile>;
-using ValueTile = Tile<value_tile_dim, 2, key_tile>;
-using Merged = MergedChunks<value_columns / 8, config::merged_in_shared>;
-using Products = WarpgroupProducts<config::bfloat16, head_dim, value_columns, key_tile>;
-using At = RingPlace<ring_slots>;
-
-struct SharedMemory {
-    alignas(1024) u16 query[consumers][query_elements];
-    alignas(1024) u16 ring[ring_slots][slot_elements];
-    unsigned char merged[consumers * 4][Merged::bytes_per_warp];
-    u64 filled[ring_slots], free[ring_slots], landed;
-    u64 queries_filled[consumers], queries_free[consumers];
-};
-static_assert(sizeof(SharedMemory) == config::shared_bytes);
-static_assert(QueryTile::row_bytes <= 1024 && sizeof(u64) == ptx::mbarrier_bytes);
-
-template <bool by_rows>
-struct Copies {
-    using Type = BoxCopies<KeyTile, ValueTile, key_tile, slot_elements * 2, ring_slots, config::ragged, config::few,
-                           KeySequence>;
-};
-template <>
-struct Copies<true> {
-    using Type =
-        RowCopies<KeyTile, ValueTile, head_dim, value_dim, key_tile, slot_elements * 2, ring_slots, KeySequence>;
-};
-using KeyCopies = Copies<config::paged>::Type;
-// Warps of warpgroup 0 that fetch queries, one for each consumer; consumers do it themselves where keys take all of them.
-constexpr bool fetches_queries = !config::paged;
-static_assert(!fetches_queries || KeyCopies::threads / 32 + consumers <= 4);
-
-__device__ __forceinline__ void init_barriers(SharedMemory& shared, const RingAddress& ring) {
-    for (int i = 0; i < consumers; ++i) {
-        ptx::mbarrier_init(ptx::shared_address(&shared.queries_filled[i]), 32);
-        ptx::mbarrier_init(ptx::shared_address(&shared.queries_free[i]), 4);
-    }
-    ring.init(ring_slots, KeyCopies::arrivals, consumers * 4);
-}
 
 // One consumer warpgroup.
 class Consumer {
@@ -369,58 +312,6 @@ class Consumer {
     Products::Out out_;
     Products::Weights weight_;
 };
-
-// Fills the ring for all works of the block, and says which groups of rows go on in other blocks.
-__device__ __forceinline__ void produce(const ForwardSm90Params& params, const RingAddress& ring, int lane) {
-    KeyCopies::prepare(params);
-    const int group = params.call.forward.group;
-    const Partials& partials = params.call.partials;
-    const bool leader = split && threadIdx.x == 0 && partials.groups;
-    bool told = false;  // about the one group that starts here and ends in a later block
-    At place;
-    u32 landed_parity = 0;
-    for_each_work<block_rows>(
-        params, lane,
-        [&](const Work& work) {
-            const Tiles tiles(work, group, work.first_row + block_rows);
-            KeyCopies copies(params, work.sequence, work.key_head, ring, place, landed_parity, tiles.first);
-            fill_ring<ring_slots>(ring.free, place, tiles.first, tiles.end, copies);
-            copies.finish();
-            const bool goes_on = work.first_chunk == 0 && work.end_chunk < work.chunks;
-            if (leader && (goes_on || (partials.by_group && work.first_chunk == 0))) {
-                store_group(params.call, work, work.slot, block_rows, work.end_chunk, goes_on ? work.chunks : 0);
-                told = true;
-            }
-        },
-        [&](u32 item) {
-            if (leader && item % params.pieces == 0) {
-                store_group(params.call, Work{}, static_cast<int>(item / params.pieces), block_rows, 0, 0);
-            }
-        });
-    if (config::few && leader && !told && !partials.by_group) {
-        store_group(params.call, Work{}, blockIdx.x, block_rows, 0, 0);
-    }
-}
-
-// Fetches the queries of consumer `number` for all works of the block. By one warp.
-__device__ __forceinline__ void produce_queries(const ForwardSm90Params& params, SharedMemory& shared, int number,
-                                                int lane) {
-    const u32 query = ptx::shared_address(shared.query[number]);
-    const u32 filled = ptx::shared_address(&shared.queries_filled[number]),
-              free = ptx::shared_address(&shared.queries_free[number]);
-    u32 parity = 0;
-    for_each_work<block_rows>(params, lane, [&](const Work& work) {
-        ptx::mbarrier_wait(free, parity ^ 1);
-        parity ^= 1;
-        __syncwarp();  // all lanes have seen it, before one of them may begin the next turn
-        copy_queries<QueryTile, head_dim, group_rows>(params.call.forward, work, work.first_row + number * group_rows,
-                                                      0, query);
-        ptx::cp_async_commit();
-        ptx::cp_async_wait<0>();
-        ptx::fence_async_proxy();
-        ptx::mbarrier_arrive(filled);
-    });
-}
 
 extern "C" __global__ void __launch_bounds__(threads, 1)
     forward_sm90(const __grid_constant__ ForwardSm90Params params) {

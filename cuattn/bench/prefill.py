@@ -13,8 +13,8 @@ the L2 cache; the providers take turns in each repeat. A time is the median of t
 largest.
 
 Providers: "cuattn" is the public call, "cuattn launch" the launches alone with everything prepared, "cuattn portable"
-the same launches of the portable kernels where others run, with the same bits; the peers are those of --providers, and of
-one without figures the note says why. Figures: "forward"; "roof", the matrix product. Pass "again" repeats the first
+the same launches of the portable kernels where others run, with the same bits; the peers are those of --providers, and
+of one without figures the note says why. Figures: "forward"; "roof", the matrix product. Pass "again" repeats the first
 problem and the roof at the end: the drift. Exit status 1 if a problem was refused.
 """
 
