@@ -166,13 +166,15 @@ extern "C" __global__ void __launch_bounds__(threads, config::blocks_per_multipr
     merged.fold(out, rows, first_chunk());
     const BlockPlace end(params, params.query_heads, 1, lane);  // found again rather than kept in registers
     const int first_row = end.query_start + warp_row;
-    const i64 lse_row = (i64(end.query_batch) * params.query_heads + end.head) * params.query_length + first_row;
+    float* const row_lse =
+        params.lse
+            ? params.lse + (i64(end.query_batch) * params.query_heads + end.head) * params.query_length + first_row
+            : nullptr;
     u16* const row_out =
         end.start_of(static_cast<u16*>(params.out), params.out_strides, end.query_batch, end.head, first_row);
-    store_rows<head_dim, config::bfloat16>(
-        out, rows, end.query_length - warp_row, params.lse != nullptr,
-        [&](int row) { return row_out + row * params.out_strides.token; },
-        [&](int row) { return params.lse + lse_row + row; });
+    store_rows<head_dim, config::bfloat16>(out, rows, warp_row, end.query_length, [&](int row) {
+        return RowPlace{row_out + row * params.out_strides.token, row_lse ? row_lse + row : nullptr};
+    });
 }
 
 }  // namespace cuattn

@@ -50,7 +50,7 @@ class Consumer {
     // Computes the chunks of `work` for this warpgroup's rows, and stores the results, or partial results.
     __device__ __forceinline__ void attend(const Work& work) {
         const int group = params_.group, first_row = work.first_row + number_ * group_rows;
-        const bool has_rows = first_row < work.sequence.query_length * group;
+        const bool has_rows = first_row < work.sequence.query_length * group && first_row > -group_rows;
         const Tiles block(work, group, work.first_row + block_rows);
         const Tiles own(work, group, first_row + group_rows);
         await_queries(work, first_row);
@@ -170,7 +170,7 @@ class Consumer {
 
     // The same work, not kept in registers over the chunks.
     __device__ __forceinline__ Work found_again(const Work& known) const {
-        if constexpr (config::few) return known;
+        if constexpr (config::few || !config::ragged) return known;
         Work work;
         tile_work<block_rows>(params_, call_.pieces, known.turn, lane(), work);
         return work;
@@ -255,15 +255,13 @@ class Consumer {
         const KeySequence& sequence = work.sequence;
         const int first = first_row_of(work);
         store_rows<value_dim, config::bfloat16>(
-            out_, rows_, sequence.query_length * params_.group - first, params_.lse != nullptr,
-            [&](int row) {
+            out_, rows_, first, sequence.query_length * params_.group, [&](int row) {
                 const PackedRow packed(params_, work.key_head, first + row);
-                return static_cast<u16*>(params_.out) +
-                       packed.offset(params_.out_strides, sequence.query_batch, sequence.query_start);
-            },
-            [&](int row) {
-                const PackedRow packed(params_, work.key_head, first + row);
-                return params_.lse + packed.index(params_, sequence.query_batch, sequence.query_start);
+                return RowPlace{static_cast<u16*>(params_.out) +
+                                    packed.offset(params_.out_strides, sequence.query_batch, sequence.query_start),
+                                params_.lse
+                                    ? params_.lse + packed.index(params_, sequence.query_batch, sequence.query_start)
+                                    : nullptr};
             });
     }
 

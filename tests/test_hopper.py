@@ -184,6 +184,7 @@ def test_the_sweep() -> None:
 
 
 KERNEL, COPIES, RING = "forward_sm90.cuh", "attn/key_copies.cuh", "attn/ring.cuh"
+PRODUCERS = "attn/producers.cuh"
 #: What the emulator says of accesses that nothing orders.
 UNORDERED = "race with a (read|write)|a copy to there has not been waited for|wgmma still reads|never written"
 
@@ -247,7 +248,7 @@ BUGS = {
         f"{UNORDERED}|more than 1 arrivals",
     ),
     "queries are hidden from the products": Bug(
-        KERNEL,
+        PRODUCERS,
         "        ptx::fence_async_proxy();\n        ptx::mbarrier_arrive(filled);",
         "        ptx::mbarrier_arrive(filled);",
         "asynchronous proxy",
@@ -260,7 +261,7 @@ BUGS = {
         Asked(holes=True),
     ),
     "the next queries come too early": Bug(
-        KERNEL, "        ptx::mbarrier_wait(free, parity ^ 1);\n", "", UNORDERED, MANY_TILES
+        PRODUCERS, "        ptx::mbarrier_wait(free, parity ^ 1);\n", "", UNORDERED, MANY_TILES
     ),
     "queries are given back too early": Bug(
         KERNEL,

@@ -49,6 +49,11 @@ __device__ __forceinline__ bool tile_work(const ForwardParams& params, int piece
     if (config::ragged && (!place.has_rows(group) || i64(place.query_length) * group <= params.sequences.few_rows)) {
         return false;
     }
+    if constexpr (config::causal && !config::split) {
+        // The last tile is full rather than the first one, which has the fewest keys.
+        const int rows = place.query_length * group;
+        work.first_row -= (rows + tile_rows - 1) / tile_rows * tile_rows - rows;
+    }
     if constexpr (config::split) {
         // Pieces of equal numbers of tiles: each has the chunks that start in it, and the first one has the first chunk.
         const int tiles = Tiles::seen(work, group, place.first_row + tile_rows);

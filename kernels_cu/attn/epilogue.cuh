@@ -55,36 +55,44 @@ __device__ __forceinline__ void transpose_quad(u32 (&word)[4]) {
     }
 }
 
-// Writes a warp's 16 rows. out[b][c]: column 8 b + 2 (lane % 4) + c % 2 of row lane / 4 + 8 (c / 2). Row r goes to row_out(r),
-// its LSE to row_lse(r) where `has_lse`; of the rows the first `valid` exist. A lane stores 16 bytes at a time: every fourth block of columns.
-template <int head_dim, bool bfloat16, int blocks, class RowOut, class RowLse>
-__device__ __forceinline__ void store_rows(const float (&out)[blocks][4], const RowStatistics& rows, int valid,
-                                           bool has_lse, const RowOut& row_out, const RowLse& row_lse) {
-    constexpr int units = head_dim / 8;
+// Where a row goes; `lse` is null where nobody asks for it.
+struct RowPlace {
+    u16* out;
+    float* lse;
+};
+
+// Writes a warp's 16 rows. out[b][c]: column 8 b + 2 (lane % 4) + c % 2 of row lane / 4 + 8 (c / 2). Row r goes to place_of(r)
+// if there is a row `first` + r among `count`. A lane stores 16 bytes at a time: every fourth block of columns. Without branches, so
+// that nothing waits for what it does not need.
+template <int head_dim, bool bfloat16, int blocks, class PlaceOf>
+__device__ __forceinline__ void store_rows(const float (&out)[blocks][4], const RowStatistics& rows, int first,
+                                           int count, const PlaceOf& place_of) {
+    constexpr int units = head_dim / 8, groups = (units + 3) / 4;
     const int lane = threadIdx.x & 31;
+    const float scale[2] = {normalisation(rows.reference[0], rows.sum[0]),
+                            normalisation(rows.reference[1], rows.sum[1])};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int row = lane / 4 + 8 * half;
-        const float scale = normalisation(rows.reference[half], rows.sum[half]);
-        u16* const to = row_out(row);
+        const bool exists = u32(first + row) < u32(count);
+        const RowPlace to = place_of(row);
+        u32 word[groups][4];
 #pragma unroll
-        for (int first = 0; first < units; first += 4) {
-            u32 pair[4];
+        for (int b = 0; b < 4 * groups; ++b) {
+            const float* const pair = &out[b < units ? b : 0][2 * half];
+            word[b / 4][b % 4] =
+                ptx::pack_16bit<bfloat16>(normalised(pair[0], scale[half]), normalised(pair[1], scale[half]));
+        }
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int b = first + i < units ? first + i : 0;
-                pair[i] = ptx::pack_16bit<bfloat16>(normalised(out[b][2 * half], scale),
-                                                    normalised(out[b][2 * half + 1], scale));
-            }
-            transpose_quad(pair);
-            const int unit = first + (lane & 3);
-            if (row < valid && unit < units) {
-                ptx::store_global_u32x4(to + unit * 8, make_uint4(pair[0], pair[1], pair[2], pair[3]));
-            }
+        for (int i = 0; i < groups; ++i) transpose_quad(word[i]);
+#pragma unroll
+        for (int i = 0; i < groups; ++i) {
+            const int unit = 4 * i + (lane & 3);
+            ptx::store_global_u32x4_if(exists && unit < units, to.out + unit * 8,
+                                       make_uint4(word[i][0], word[i][1], word[i][2], word[i][3]));
         }
-        if (has_lse && (lane & 3) == 0 && row < valid) {
-            ptx::store_global_f32(row_lse(row), log_sum_exp(rows.reference[half], rows.sum[half]));
-        }
+        ptx::store_global_f32_if(exists && to.lse && (lane & 3) == 0, to.lse,
+                                 log_sum_exp(rows.reference[half], rows.sum[half]));
     }
 }
 

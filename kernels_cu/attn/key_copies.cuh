@@ -154,7 +154,7 @@ class RowCopies {
     template <class Tile, int columns>
     __device__ __forceinline__ void copy(u32 to, const void* data, const Strides& strides, int tile, int page) const {
         const i64 place = sequence_.offset_in(params_.sequences, strides, key_of(tile), page) / row_unit;
-        copy_rows<Tile, columns, warp_rows>(to, first_row_, sequence_.key_length - tile * tile_rows,
+        copy_rows<Tile, columns, warp_rows>(to, first_row_, tile * tile_rows + first_row_, sequence_.key_length,
                                             sequence_.start_of(static_cast<const u16*>(data), strides,
                                                                sequence_.key_batch, key_head_, sequence_.key_start),
                                             static_cast<int>(place));

@@ -12,7 +12,8 @@ struct PackedRow {
 
     // `row` of key head `key_head`, counted from the sequence's first token.
     __device__ __forceinline__ PackedRow(const ForwardParams& params, int key_head, int row)
-        : token(row / params.group), head(key_head * params.group + row % params.group) {}
+        : token(static_cast<int>(u32(row) / u32(params.group))),
+          head(key_head * params.group + row - token * params.group) {}
 
     // In elements; `start`: the sequence's first token in a packed batch.
     __device__ __forceinline__ i64 offset(const Strides& strides, int batch, int start) const {

@@ -12,8 +12,6 @@ constexpr float ln2 = 0.693147180559945309f;
 // of |ln x| and 1/4. x = 2^e * f with f in [2/3, 4/3): ln(1 + t) = t - t^2 / 2 + t^3 p(t); p is a minimax fit
 // (docs/numerics.md, LSE).
 __device__ __forceinline__ float natural_log(float x) {
-    if (!(x < infinity)) return x;
-    if (x == 0.0f) return -infinity;
     const u32 bits = __float_as_uint(x);
     const int exponent = static_cast<int>(bits - 0x3f2aaaabu) >> 23;
     const float t = __fadd_rn(__uint_as_float(bits - (static_cast<u32>(exponent) << 23)), -1.0f);
@@ -30,7 +28,8 @@ __device__ __forceinline__ float natural_log(float x) {
     const float tail = __fmaf_rn(__fmul_rn(square, t), p, __fmul_rn(square, -0.5f));
     const float e = static_cast<float>(exponent);
     // ln2 in two parts: the high one has trailing zeros, so that e * high is exact
-    return __fadd_rn(__fmul_rn(e, 0.693359375f), __fadd_rn(t, __fmaf_rn(e, -2.12194440e-4f, tail)));
+    const float log = __fadd_rn(__fmul_rn(e, 0.693359375f), __fadd_rn(t, __fmaf_rn(e, -2.12194440e-4f, tail)));
+    return x == 0.0f ? -infinity : x < infinity ? log : x;
 }
 
 }  // namespace cuattn

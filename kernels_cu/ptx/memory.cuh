@@ -115,6 +115,28 @@ __device__ __forceinline__ void store_global_f32x4(float* to, float4 x) {
     asm volatile("st.global.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w) : "memory");
 }
 
+// Where `condition` holds; without a branch.
+__device__ __forceinline__ void store_global_u32x4_if(bool condition, void* to, uint4 x) {
+    asm volatile(
+        "{\n"
+        ".reg .pred condition;\n"
+        "setp.ne.u32 condition, %0, 0;\n"
+        "@condition st.global.v4.u32 [%1], {%2,%3,%4,%5};\n"
+        "}" ::"r"(u32(condition)),
+        "l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+        : "memory");
+}
+__device__ __forceinline__ void store_global_f32_if(bool condition, float* to, float x) {
+    asm volatile(
+        "{\n"
+        ".reg .pred condition;\n"
+        "setp.ne.u32 condition, %0, 0;\n"
+        "@condition st.global.f32 [%1], %2;\n"
+        "}" ::"r"(u32(condition)),
+        "l"(to), "f"(x)
+        : "memory");
+}
+
 __device__ __forceinline__ void store_global_s32(int* to, int x) {
     asm volatile("st.global.s32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
 }

@@ -94,6 +94,12 @@ inline void store_global_s32(int* to, int x) { emulator::store_global(to, &x, 4)
 inline void store_global_u32x4(void* to, uint4 x) { emulator::store_global(to, &x, 16); }
 
 inline void store_global_f32(float* to, float x) { host::store_floats(to, {x}); }
+inline void store_global_u32x4_if(bool condition, void* to, uint4 x) {
+    if (condition) store_global_u32x4(to, x);
+}
+inline void store_global_f32_if(bool condition, float* to, float x) {
+    if (condition) store_global_f32(to, x);
+}
 inline void store_global_f32x2(float* to, float2 x) { host::store_floats(to, {x.x, x.y}); }
 inline void store_global_f32x4(float* to, float4 x) { host::store_floats(to, {x.x, x.y, x.z, x.w}); }
 
