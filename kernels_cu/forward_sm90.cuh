@@ -317,7 +317,9 @@ extern "C" __global__ void __launch_bounds__(threads, 1)
     const int lane = threadIdx.x & 31;
     const RingAddress ring{ptx::shared_address(shared.ring), ptx::shared_address(shared.filled),
                            ptx::shared_address(shared.free), ptx::shared_address(&shared.landed)};
+    KeyCopies::prepare(params);
     if (threadIdx.x == 0) init_barriers(shared, ring);
+    const Start<block_rows> start(params, lane);
     __syncthreads();
     // the same for all lanes of a warp, and the compiler must know
     const int warp = __shfl_sync(all_lanes, threadIdx.x / 32, 0);
@@ -325,14 +327,14 @@ extern "C" __global__ void __launch_bounds__(threads, 1)
     if (number == 0) {
         if constexpr (moves_registers) ptx::release_registers<config::producer_registers>();
         if (warp < KeyCopies::threads / 32) {
-            produce(params, ring, lane);
+            produce(params, start, ring, lane);
         } else if (fetches_queries && warp <= consumers) {
-            produce_queries(params, shared, warp - 1, lane);
+            produce_queries(params, start, shared, warp - 1, lane);
         }
     } else {
         if constexpr (moves_registers) ptx::claim_registers<config::consumer_registers>();
         Consumer consumer(params, ring, shared, number - 1);
-        for_each_work<block_rows>(params, lane, [&](const Work& work) { consumer.attend(work); });
+        for_each_work<block_rows>(params, lane, start, [&](const Work& work) { consumer.attend(work); });
     }
 }
 

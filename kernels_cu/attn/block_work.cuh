@@ -69,15 +69,33 @@ __device__ __forceinline__ bool tile_work(const ForwardParams& params, int piece
     return true;
 }
 
+// What a block's warps find out together, before each goes its own way: one after the other they would wait for the same
+// instructions and lengths. Of few rows that is the first work.
+template <int tile_rows, bool few = config::few>
+struct Start {
+    __device__ __forceinline__ Start(const ForwardSm90Params&, int) {}
+};
+template <int tile_rows>
+struct Start<tile_rows, true> {
+    Ranges<tile_rows> ranges;
+    Work work;
+    bool any;
+
+    __device__ __forceinline__ Start(const ForwardSm90Params& params, int lane)
+        : ranges(params.call, lane), any(ranges.next(work)) {}
+};
+
 // Calls attend(work) for all that this block computes, and pass(item) for items in which there is nothing to do.
 template <int tile_rows, class Attend, class Pass>
-__device__ __forceinline__ void for_each_work(const ForwardSm90Params& params, int lane, const Attend& attend,
-                                              const Pass& pass) {
-    Work work;
+__device__ __forceinline__ void for_each_work(const ForwardSm90Params& params, int lane, const Start<tile_rows>& start,
+                                              const Attend& attend, const Pass& pass) {
     if constexpr (config::few) {
-        Ranges<tile_rows> ranges(params.call, lane);
-        while (ranges.next(work)) attend(work);
+        Ranges<tile_rows> ranges = start.ranges;
+        Work work = start.work;
+#pragma unroll 1
+        for (bool more = start.any; more; more = ranges.next(work)) attend(work);
     } else {
+        Work work;
         u32 turn = 0;
         do {
             if (tile_work<tile_rows>(params.call.forward, params.pieces, turn, lane, work)) {
@@ -90,8 +108,9 @@ __device__ __forceinline__ void for_each_work(const ForwardSm90Params& params, i
 }
 
 template <int tile_rows, class Attend>
-__device__ __forceinline__ void for_each_work(const ForwardSm90Params& params, int lane, const Attend& attend) {
-    for_each_work<tile_rows>(params, lane, attend, [](u32) {});
+__device__ __forceinline__ void for_each_work(const ForwardSm90Params& params, int lane, const Start<tile_rows>& start,
+                                              const Attend& attend) {
+    for_each_work<tile_rows>(params, lane, start, attend, [](u32) {});
 }
 
 }  // namespace cuattn

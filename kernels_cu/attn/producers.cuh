@@ -15,8 +15,8 @@
 namespace cuattn {
 
 // Fills the ring for all works of the block, and says which groups of rows go on in other blocks.
-__device__ __forceinline__ void produce(const ForwardSm90Params& params, const RingAddress& ring, int lane) {
-    KeyCopies::prepare(params);
+__device__ __forceinline__ void produce(const ForwardSm90Params& params, const Start<block_rows>& start,
+                                        const RingAddress& ring, int lane) {
     const int group = params.call.forward.group;
     const Partials& partials = params.call.partials;
     const bool leader = split && threadIdx.x == 0 && partials.groups;
@@ -24,7 +24,7 @@ __device__ __forceinline__ void produce(const ForwardSm90Params& params, const R
     At place;
     u32 landed_parity = 0;
     for_each_work<block_rows>(
-        params, lane,
+        params, lane, start,
         [&](const Work& work) {
             const Tiles tiles(work, group, work.first_row + block_rows);
             KeyCopies copies(params, work.sequence, work.key_head, ring, place, landed_parity, tiles.first);
@@ -47,13 +47,13 @@ __device__ __forceinline__ void produce(const ForwardSm90Params& params, const R
 }
 
 // Fetches the queries of consumer `number` for all works of the block. By one warp.
-__device__ __forceinline__ void produce_queries(const ForwardSm90Params& params, SharedMemory& shared, int number,
-                                                int lane) {
+__device__ __forceinline__ void produce_queries(const ForwardSm90Params& params, const Start<block_rows>& start,
+                                                SharedMemory& shared, int number, int lane) {
     const u32 query = ptx::shared_address(shared.query[number]);
     const u32 filled = ptx::shared_address(&shared.queries_filled[number]),
               free = ptx::shared_address(&shared.queries_free[number]);
     u32 parity = 0;
-    for_each_work<block_rows>(params, lane, [&](const Work& work) {
+    for_each_work<block_rows>(params, lane, start, [&](const Work& work) {
         ptx::mbarrier_wait(free, parity ^ 1);
         parity ^= 1;
         __syncwarp();  // all lanes have seen it, before one of them may begin the next turn
