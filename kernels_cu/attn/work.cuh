@@ -26,6 +26,9 @@ __device__ __forceinline__ i64 warp_sum(i64 x) {
     return x;
 }
 
+// x / y for x that is not negative: by 32 bits where these do, which saves most of its time.
+__device__ __forceinline__ i64 quotient(i64 x, u32 y) { return x >> 32 ? x / y : i64(static_cast<u32>(x) / y); }
+
 // The key tiles of all groups in the order (sequence, key head, row tile, key tile), cut into as many equal ranges as there
 // are blocks. A range has the chunks that start in it: which ones is all that depends on the batch.
 template <int tile_rows>
@@ -33,14 +36,15 @@ class Ranges {
   public:
     __device__ __forceinline__ Ranges(const SplitParams& params, int lane) : params_(params) {
         const int count = params.forward.sequences.count;
-        i64 sum = 0;
-        for (int s = lane; s < count; s += 32) sum += Shape(params, s).size();
+        const i64 own = lane < count ? Shape(params, lane).size() : 0;
+        i64 sum = own;
+        for (int s = lane + 32; s < count; s += 32) sum += Shape(params, s).size();
         total_ = warp_sum(sum);
         place_ = range_start(blockIdx.x);
         end_ = range_start(blockIdx.x + 1);
         // the sequence that place_ is in
         for (int first = 0; place_ < end_ && first < count; first += 32) {
-            const i64 size = first + lane < count ? Shape(params, first + lane).size() : 0;
+            const i64 size = first == 0 ? own : first + lane < count ? Shape(params, first + lane).size() : 0;
             const i64 together = warp_sum(size);
             if (base_ + together <= place_) {
                 base_ += together;
@@ -63,7 +67,7 @@ class Ranges {
                 base_ += shape.size();
                 shape = Shape(params_, ++sequence_);
             }
-            const int group = static_cast<int>((place_ - base_) / shape.key_tiles);
+            const int group = static_cast<int>(quotient(place_ - base_, shape.key_tiles));
             const i64 group_place = base_ + i64(group) * shape.key_tiles;
             work.first_chunk = shape.first_chunk_from(static_cast<int>(place_ - group_place));
             work.end_chunk = shape.first_chunk_from(static_cast<int>(min(end_ - group_place, i64(shape.key_tiles))));
@@ -109,7 +113,7 @@ class Ranges {
         }
     };
 
-    __device__ __forceinline__ i64 range_start(unsigned range) const { return range * total_ / gridDim.x; }
+    __device__ __forceinline__ i64 range_start(unsigned range) const { return quotient(range * total_, gridDim.x); }
     // The range that a place is in: the last one that starts at or before it.
     __device__ __forceinline__ int range_of(i64 place) const {
         return static_cast<int>(((place + 1) * gridDim.x - 1) / total_);
