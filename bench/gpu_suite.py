@@ -92,6 +92,8 @@ def all_steps(folder: Path) -> list[Step]:
     few = ("--batch", "1", "64", "--length", "2048", "32768", "--heads", "32/8", "--page-size", "--splits")
     fast = ("--providers", "flash", "cudnn", "efficient")
     gradients = (*fast, "flash_deterministic")
+    lengths = ("--head-dim", "64", "128", "256", "--length", *(str(512 << i) for i in range(7)), "--repeats", "5")
+    caches = ("--batch", "1", "8", "32", "--length", "2048", "8192", "32768", "131072", "--repeats", "5")
     some = ("--head-dim", "128", "--length", "1024", "8192")
     dims = ("--head-dim", "24", "64", "72", "128", "256")
     check = python("-m", "cuattn", "check", "--backend", "cuda", "--json", str(folder / "check.json"))
@@ -106,9 +108,9 @@ def all_steps(folder: Path) -> list[Step]:
         Step("precompile", 60, python("-m", "cuattn", "precompile", *dims), shown=1),
         Step("tests_gpu", 240, pytest("-m", "gpu", "-n", "8"), shown=8),
         Step("tests_portable", 300, pytest("-m", "gpu", "-n", "8"), shown=8, group="", variables=portable),
-        Step("decode", 90, bench("decode", *fast, "--seconds", "70"), shown=24),
+        Step("decode", 110, bench("decode", *fast, *caches, "--seconds", "85"), shown=24),
         Step("padded", 45, script("padded", "--seconds", "35"), shown=20),
-        Step("forward", 100, bench("prefill", *fast, "--seconds", "75", to="forward"), shown=24),
+        Step("forward", 150, bench("prefill", *fast, *lengths, "--seconds", "120", to="forward"), shown=24),
         Step("chunked", 40, bench("chunked", *fast, "--seconds", "25"), shown=20),
         Step("backward", 90, bench("backward", *gradients, "--seconds", "65"), shown=20),
         Step("backward_memory", 30, bench("backward", "--memory", *gradients, to="backward_memory"), shown=12),
