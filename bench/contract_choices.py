@@ -53,20 +53,15 @@ COLUMNS = (
 STORE_FP32: tuple[Substitution, ...] = (
     (
         "attn/epilogue.cuh",
-        "                pair[i] = ptx::pack_16bit<bfloat16>(normalised(out[b][2 * half], scale),\n"
-        "                                                    normalised(out[b][2 * half + 1], scale));\n",
-        "                pair[i] = 0;\n"
-        "                if (row < valid && first + i < units) {\n"
-        "                    float* const fp32 = reinterpret_cast<float*>(to) + 8 * b + 2 * (lane & 3);\n"
-        "                    ptx::store_global_f32(fp32, normalised(out[b][2 * half], scale));\n"
-        "                    ptx::store_global_f32(fp32 + 1, normalised(out[b][2 * half + 1], scale));\n"
-        "                }\n",
+        "        const RowPlace to = place_of(row);\n",
+        "        const RowPlace to = place_of(row);\n"
+        "#pragma unroll\n"
+        "        for (int i = 0; exists && i < 2 * units; ++i) {\n"
+        "            const float x = normalised(out[i / 2][2 * half + i % 2], scale[half]);\n"
+        "            ptx::store_global_f32(reinterpret_cast<float*>(to.out) + i / 2 * 8 + 2 * (lane & 3) + i % 2, x);\n"
+        "        }\n",
     ),
-    (
-        "attn/epilogue.cuh",
-        "            if (row < valid && unit < units) {",
-        "            if (false) {",
-    ),
+    ("attn/epilogue.cuh", "ptx::store_global_u32x4_if(exists && unit < units,", "ptx::store_global_u32x4_if(false,"),
 )
 SUM_ROUNDED: tuple[Substitution, ...] = (
     (

@@ -30,8 +30,8 @@ PLANTS: dict[str, Substitution] = {
     # are written behind the end of a cache, gradients behind that of queries
     "write": (
         "attn/epilogue.cuh",
-        "            if (row < valid && unit < units) {",
-        "            if (unit < units) {",
+        "ptx::store_global_u32x4_if(exists && unit < units,",
+        "ptx::store_global_u32x4_if(unit < units,",
     ),
     "read": ("ptx/cp_async.cuh", '"r"(valid ? 16 : 0)', '"r"(16)'),
     "append": ("append_kv.cuh", "length < params.key_length - (source - first);", "true;"),
