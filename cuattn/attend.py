@@ -133,16 +133,20 @@ class Attend:
         pieces: int = 1,
         items: int = 0,
     ) -> Launch:
-        """The copy engine reads keys and values through maps of them; where there is no such map, threads read them."""
+        """The copy engine reads keys and values through maps of them where they lie in one piece; where they do not, or
+        there is no such map, threads read them."""
         tensors = {"key_map": self.problem.key, "value_map": self.problem.value}
-        if self.paged or not all(can_map(tensor) for tensor in tensors.values()):
-            config, tensors = replace(config, ragged=True, paged=True), {}
+        if self.problem.paged or not all(can_map(tensor) for tensor in tensors.values()):
+            tensors = {}
+        if self.paged or not tensors:
+            config = replace(config, ragged=True, paged=True)
         finished = {}
         if config.merged_floats and contract.chunk_count(self.key_length) > 1:
             finished["merged"] = allocate((blocks, config.merged_floats), "float32")
         params = ForwardSm90Params(
             call=SplitParams(self.params, partials),
             merged=finished["merged"].pointer if finished else None,
+            mapped=bool(tensors),
             pieces=pieces,
             items=items,
         )

@@ -110,6 +110,7 @@ class ForwardSm90Params(ctypes.Structure):
             ("value_map", TensorMapBytes),
             ("call", SplitParams),
             ("merged", _POINTER),
+            ("mapped", _INT),
             ("pieces", _INT),
             ("items", _INT),
         ]

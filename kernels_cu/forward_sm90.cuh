@@ -317,7 +317,7 @@ extern "C" __global__ void __launch_bounds__(threads, 1)
     const int lane = threadIdx.x & 31;
     const RingAddress ring{ptx::shared_address(shared.ring), ptx::shared_address(shared.filled),
                            ptx::shared_address(shared.free), ptx::shared_address(&shared.landed)};
-    KeyCopies::prepare(params);
+    if (threadIdx.x == 0 && params.mapped) KeyBoxes::prepare(params);
     if (threadIdx.x == 0) init_barriers(shared, ring);
     const Start<block_rows> start(params, lane);
     __syncthreads();
@@ -326,7 +326,7 @@ extern "C" __global__ void __launch_bounds__(threads, 1)
     const int number = warp / 4;
     if (number == 0) {
         if constexpr (moves_registers) ptx::release_registers<config::producer_registers>();
-        if (warp < KeyCopies::threads / 32) {
+        if (warp < copiers / 32) {
             produce(params, start, ring, lane);
         } else if (fetches_queries && warp <= consumers) {
             produce_queries(params, start, shared, warp - 1, lane);

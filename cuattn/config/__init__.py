@@ -69,9 +69,10 @@ def many_rows(
 def few_rows(
     head_dim: int, value_dim: int, mask: str, dtype: str, arch: str, paged: bool
 ) -> ForwardSm90Config | ColumnsConfig:
-    """The kernel for decode."""
-    if arch == hopper.ARCH and dtype in hopper.DTYPES and max(head_dim, value_dim) <= hopper.LARGEST_OF_FEW_ROWS:
-        return ForwardSm90Config(head_dim, value_dim, mask, dtype, arch, ragged=True, paged=paged, split=True, few=True)
+    """The kernel for decode. For keys that are looked up in tables the portable one is faster on Hopper, too."""
+    small = max(head_dim, value_dim) <= hopper.LARGEST_OF_FEW_ROWS
+    if arch == hopper.ARCH and dtype in hopper.DTYPES and small and not paged:
+        return ForwardSm90Config(head_dim, value_dim, mask, dtype, arch, ragged=True, split=True, few=True)
     return columns(head_dim, value_dim, mask, dtype, arch, paged, split=True)
 
 

@@ -104,7 +104,9 @@ class ForwardSm90Config(KernelConfig):
 
     @property
     def producer_registers(self) -> int:
-        return 40 if self.consumers == 2 else 32
+        if self.consumers == 3:
+            return 32
+        return 56 if self.paged else 40
 
     @property
     def consumer_registers(self) -> int:

@@ -46,27 +46,24 @@ struct SharedMemory {
 static_assert(sizeof(SharedMemory) == config::shared_bytes);
 static_assert(QueryTile::row_bytes <= 1024 && sizeof(u64) == ptx::mbarrier_bytes);
 
-template <bool by_rows>
-struct Copies {
-    using Type = BoxCopies<KeyTile, ValueTile, key_tile, slot_elements * 2, ring_slots, config::ragged, config::few,
-                           KeySequence>;
-};
-template <>
-struct Copies<true> {
-    using Type =
-        RowCopies<KeyTile, ValueTile, head_dim, value_dim, key_tile, slot_elements * 2, ring_slots, KeySequence>;
-};
-using KeyCopies = Copies<config::paged>::Type;
+using KeyRows =
+    RowCopies<KeyTile, ValueTile, head_dim, value_dim, key_tile, slot_elements * 2, ring_slots, KeySequence>;
+// Where keys are looked up in tables, those that lie in one piece need not be; the warps that copy rows run it then.
+using KeyBoxes = BoxCopies<KeyTile, ValueTile, key_tile, slot_elements * 2, ring_slots, config::ragged, config::few,
+                           config::paged ? KeyRows::arrivals : 1, KeySequence>;
+// Three consumers leave no registers for both ways.
+constexpr bool finds_pieces = config::paged && consumers < 3;
+constexpr int copiers = config::paged ? KeyRows::threads : KeyBoxes::threads;
 // Warps of warpgroup 0 that fetch queries, one for each consumer; consumers do it themselves where keys take all of them.
 constexpr bool fetches_queries = !config::paged;
-static_assert(!fetches_queries || KeyCopies::threads / 32 + consumers <= 4);
+static_assert(!fetches_queries || copiers / 32 + consumers <= 4);
 
 __device__ __forceinline__ void init_barriers(SharedMemory& shared, const RingAddress& ring) {
     for (int i = 0; i < consumers; ++i) {
         ptx::mbarrier_init(ptx::shared_address(&shared.queries_filled[i]), 32);
         ptx::mbarrier_init(ptx::shared_address(&shared.queries_free[i]), 4);
     }
-    ring.init(ring_slots, KeyCopies::arrivals, consumers * 4);
+    ring.init(ring_slots, KeyBoxes::arrivals, consumers * 4);
 }
 
 }  // namespace cuattn

@@ -14,12 +14,13 @@
 
 namespace cuattn {
 
-// By one warp, of which one lane speaks to the copy engine. `once`: no other block reads the same keys.
-template <class KeyTile, class ValueTile, int tile_rows, int slot_bytes, int slots, bool ragged, bool once,
+// By the copy engine, to which one thread speaks. `once`: no other block reads the same keys. `copiers`: all threads of these
+// warps run it and arrive at each slot, or 1: only the one that speaks does, and one warp runs it.
+template <class KeyTile, class ValueTile, int tile_rows, int slot_bytes, int slots, bool ragged, bool once, int copiers,
           class KeySequence>
 class BoxCopies {
   public:
-    static constexpr int threads = 32, arrivals = 1;
+    static constexpr int threads = 32, arrivals = copiers;
 
     __device__ __forceinline__ BoxCopies(const ForwardSm90Params& params, const KeySequence& sequence, int key_head,
                                          const RingAddress& ring, const RingPlace<slots>&, u32& landed_parity, int)
@@ -30,12 +31,10 @@ class BoxCopies {
           landed_parity_(landed_parity),
           lane_(threadIdx.x & 31) {}
 
-    // What copies will need soon.
+    // Asks for what copies will need soon. By one thread.
     __device__ __forceinline__ static void prepare(const ForwardSm90Params& params) {
-        if (threadIdx.x == 0) {
-            ptx::tma_prefetch(params.key_map);
-            ptx::tma_prefetch(params.value_map);
-        }
+        ptx::tma_prefetch(params.key_map);
+        ptx::tma_prefetch(params.value_map);
     }
 
     __device__ __forceinline__ void operator()(const RingPlace<slots>& place, bool values, int tile) const {
@@ -43,15 +42,18 @@ class BoxCopies {
         const int valid = sequence_.key_length - tile * tile_rows;
         if (ragged && values && valid < tile_rows) {
             // What lies behind the sequence's last value may be anything, and a weight of +0 does not make it nothing.
-            copy(ring_.landed, to, true, tile);
-            ptx::mbarrier_wait(ring_.landed, landed_parity_);
-            landed_parity_ ^= 1;
-            clear_rows(to, valid);
-            ptx::fence_async_proxy();
-            __syncwarp();
-            if (lane_ == 0) ptx::mbarrier_arrive(filled);
+            if (threadIdx.x < 32) {
+                copy(ring_.landed, to, true, tile);
+                ptx::mbarrier_wait(ring_.landed, landed_parity_);
+                landed_parity_ ^= 1;
+                clear_rows(to, valid);
+                ptx::fence_async_proxy();
+                __syncwarp();
+            }
+            if (copiers > 1 || threadIdx.x == 0) ptx::mbarrier_arrive(filled);
         } else {
             copy(filled, to, values, tile);
+            if (copiers > 1 && threadIdx.x > 0) ptx::mbarrier_arrive(filled);
         }
     }
 
@@ -59,7 +61,7 @@ class BoxCopies {
 
   private:
     __device__ __forceinline__ void copy(u32 barrier, u32 to, bool values, int tile) const {
-        if (lane_ != 0) return;
+        if (threadIdx.x != 0) return;
         if (values) {
             copy_panels<ValueTile>(barrier, to, params_.value_map, tile);
         } else {
@@ -70,7 +72,7 @@ class BoxCopies {
     template <class Tile>
     __device__ __forceinline__ void copy_panels(u32 barrier, u32 to, const TensorMap& map, int tile) const {
         ptx::mbarrier_arrive_expect(barrier, tile_rows * Tile::row_bytes);
-        const int row = sequence_.key_start + tile * tile_rows;
+        const int row = sequence_.key_start + tile * tile_rows + (KeySequence::by_tables ? sequence_.first_place : 0);
 #pragma unroll
         for (int unit = 0; unit < Tile::units; unit += 8) {
             ptx::tma_load_4d<once>(to + Tile::offset(0, unit), map, unit * 8, row, key_head_, sequence_.key_batch,
@@ -113,8 +115,6 @@ class RowCopies {
           key_head_(key_head),
           next_page_(page_of_tile(first_tile)),
           announced_(first) {}
-
-    __device__ __forceinline__ static void prepare(const ForwardSm90Params&) {}
 
     // Keys of tile j come before values of tile j - 1.
     __device__ __forceinline__ void operator()(const RingPlace<slots>& place, bool values, int tile) {

@@ -69,9 +69,10 @@ struct SplitParams {
 };
 
 struct ForwardSm90Params {
-    TensorMap key_map, value_map;  // boxes of a tile's rows and 64 columns; unused where keys are looked up in tables
+    TensorMap key_map, value_map;  // boxes of a tile's rows and 64 columns, where `mapped`
     SplitParams call;
     float* merged;  // (blocks, warps, ...): workspace for finished chunks that do not fit into shared memory, or null
+    int mapped;     // 0: keys and values can only be copied row by row
     // where the kernel is for many rows:
     int pieces;  // that the chunks of a tile of rows are cut into
     int items;   // pieces of all tiles, which the blocks share

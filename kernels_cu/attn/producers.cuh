@@ -14,6 +14,14 @@
 
 namespace cuattn {
 
+template <class Copies>
+__device__ __forceinline__ void fill(const ForwardSm90Params& params, const Work& work, const Tiles& tiles,
+                                     const RingAddress& ring, At& place, u32& landed_parity) {
+    Copies copies(params, work.sequence, work.key_head, ring, place, landed_parity, tiles.first);
+    fill_ring<ring_slots>(ring.free, place, tiles.first, tiles.end, copies);
+    copies.finish();
+}
+
 // Fills the ring for all works of the block, and says which groups of rows go on in other blocks.
 __device__ __forceinline__ void produce(const ForwardSm90Params& params, const Start<block_rows>& start,
                                         const RingAddress& ring, int lane) {
@@ -27,9 +35,11 @@ __device__ __forceinline__ void produce(const ForwardSm90Params& params, const S
         params, lane, start,
         [&](const Work& work) {
             const Tiles tiles(work, group, work.first_row + block_rows);
-            KeyCopies copies(params, work.sequence, work.key_head, ring, place, landed_parity, tiles.first);
-            fill_ring<ring_slots>(ring.free, place, tiles.first, tiles.end, copies);
-            copies.finish();
+            if (!config::paged || (finds_pieces && params.mapped && work.sequence.first_place >= 0)) {
+                fill<KeyBoxes>(params, work, tiles, ring, place, landed_parity);
+            } else {
+                fill<KeyRows>(params, work, tiles, ring, place, landed_parity);
+            }
             const bool goes_on = work.first_chunk == 0 && work.end_chunk < work.chunks;
             if (leader && (goes_on || (partials.by_group && work.first_chunk == 0))) {
                 store_group(params.call, work, work.slot, block_rows, work.end_chunk, goes_on ? work.chunks : 0);

@@ -11,6 +11,8 @@ namespace cuattn {
 // ragged: lengths are read on the device; paged: keys lie where tables say.
 template <bool causal, bool ragged, bool paged>
 struct Sequence {
+    static constexpr bool by_tables = paged;
+
     int index;                     // in the batch
     int query_batch, key_batch;    // index, or 0 where packed
     int query_start, key_start;    // packed: the sequence's first rows
