@@ -86,7 +86,7 @@ def test_prices_are_ratios_to_the_fastest_peer(drawn: Path) -> None:
         for mask in ("causal", "full"):
             points = shown[f"price-bfloat16-d-{head_dim}-{mask}"]
             problem = [r for r in rows if (r["dtype"], r["head_dim"], r["mask"]) == ("bfloat16", head_dim, mask)]
-            for length, (_, height) in zip((512, 1024, 2048, 4096, 8192, 16384), points, strict=True):
+            for length, (_, height) in zip((512 << i for i in range(7)), points, strict=True):
                 rates = {r["provider"]: float(r["tflops"]) for r in problem if r["length"] == str(length)}
                 heights.append(height)
                 prices.append(rates["cuattn"] / max(rates["flash"], rates["cudnn"]))
@@ -95,7 +95,7 @@ def test_prices_are_ratios_to_the_fastest_peer(drawn: Path) -> None:
 
 def test_title_and_legend_say_what_was_measured(drawn: Path) -> None:
     rate, price = (texts(drawn / f"nvidia-h200-forward-{name}.svg") for name in ("rate", "price"))
-    versions = "torch 2.11.0+cu130, cuDNN 91900, NVRTC 13.0, driver 580.159.04, cuattn "
+    versions = "torch 2.11.0+cu130, cuDNN 91900, NVRTC 13.0, triton 3.6.0, driver 580.159.04, cuattn "
     for shown in (rate, price):
         assert any(text.startswith(versions) for text in shown)
         assert {"512", "1K", "16K", "length"} <= set(shown)
@@ -128,15 +128,17 @@ def test_committed_pictures_are_those_of_the_committed_files(drawn: Path) -> Non
 
 
 def test_every_kind_of_file_is_drawn(tmp_path: Path) -> None:
-    files = [*FORWARD.parent.glob("decode.csv"), RESULTS / "nvidia-h100" / "backward.csv", FORWARD]
+    files = [*(FORWARD.parent / f"{name}.csv" for name in ("decode", "chunked")), FORWARD]
+    files.append(RESULTS / "nvidia-h100" / "backward.csv")
     made = {file.name for file in plots.draw(curves.read(files), tmp_path) if file.suffix == ".svg"}
     assert made == {
-        *("nvidia-h200-forward-rate.svg", "nvidia-h200-forward-price.svg", "nvidia-h200-chunk-rate.svg"),
+        *("nvidia-h200-forward-rate.svg", "nvidia-h200-forward-price.svg"),
+        *("nvidia-h200-chunk-rate.svg", "nvidia-h200-chunk-price.svg"),
         *("nvidia-h200-decode-rate.svg", "nvidia-h200-decode-price.svg"),
         *(f"nvidia-h100-80gb-hbm3-{f}-{p}.svg" for f in ("backward", "forward-backward") for p in ("rate", "price")),
     }
     decode = texts(tmp_path / "nvidia-h200-decode-rate.svg")
-    assert {"32/8 heads, batch 64", "64/8 heads, batch 1", "32/8 heads, batch 8, pages of 16"} <= set(decode)
+    assert {"32/8 heads, batch 32", "64/8 heads, batch 1", "32/8 heads, batch 8, pages of 16"} <= set(decode)
     assert "over 8192 cached tokens" in texts(tmp_path / "nvidia-h200-chunk-rate.svg")
 
 

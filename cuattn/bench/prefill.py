@@ -179,6 +179,7 @@ def run(options: argparse.Namespace) -> int:
     roof = recorder.add_roof("first")
     todo = problems(options.dtype, options.head_dim, options.length, options.tokens) if "grid" in options.part else []
     todo += other_problems(options.tokens) if "others" in options.part else []
+    todo = list(dict.fromkeys(todo))  # both parts may have the same ones
     for problem, again in within(options.seconds, [*((p, "first") for p in todo), (todo[0], "again")]):
         measured = recorder.accepted(problem, measure(problem, names, options.sets, options.repeats))
         if measured is None:
