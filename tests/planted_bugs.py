@@ -21,12 +21,13 @@ class Bug(NamedTuple):
 
 FORWARD, EPILOGUE, SOFTMAX = "forward_sm80.cuh", "attn/epilogue.cuh", "attn/softmax.cuh"
 COLUMNS, COMBINE = "forward_columns.cuh", "combine.cuh"
-PLACES, WORK = "attn/places.cuh", "attn/work.cuh"
+PLACES, WORK, CHUNKS = "attn/places.cuh", "attn/work.cuh", "attn/chunks.cuh"
 APPEND, SCAN, COMPACTION = "append_kv.cuh", "scan_mask.cuh", "attn/compaction.cuh"
 KEYS, QUERIES, ROWS, COMPACT = (
     *("backward_keys.cuh", "backward_queries.cuh", "backward_rows.cuh", "compact_rows.cuh"),
 )
-STORE_ROW = "ptx::store_global_u32x4(row_out(row) + unit * 8,"
+STORE_ROW = "ptx::store_global_u32x4_if(exists && unit < units, to.out + unit * 8,"
+MERGED = "return memory_ + (threadIdx.x & 31) * 16"
 KERNEL_START = "SharedMemory& shared = *static_cast<SharedMemory*>(ptx::dynamic_shared());"
 STORE_PAIR = "                store_pair<float32, bfloat16>(params.out, start + column"
 UNORDERED = "race with a (read|write) by thread|never written|a copy to there has not been waited for"
@@ -35,14 +36,8 @@ BUGS = {
     "no barrier among the lanes that load queries": Bug(
         FORWARD, "ptx::cp_async_wait<lookahead>();\n    __syncwarp();", "ptx::cp_async_wait<lookahead>();", UNORDERED
     ),
-    "no barrier among the lanes that store rows": Bug(
-        EPILOGUE,
-        "    __syncwarp();\n#pragma unroll\n    for (int i = 0; i < 16 * units",
-        "\n#pragma unroll\n    for (int i = 0; i < 16 * units",
-        "shared (load|store) .* race with a (read|write) by thread",
-    ),
     "no barrier among the lanes that share a row": Bug(
-        "attn/chunks.cuh",
+        CHUNKS,
         "__syncwarp();  // the four lanes",
         "//",
         "shared (load|store) .* race with a (read|write) by thread",
@@ -67,19 +62,24 @@ BUGS = {
         r"cp\.async of 16 bytes .* outside of every tensor .*q \d+ of 9216",
     ),
     "writes behind shared memory": Bug(
-        EPILOGUE, "store_shared_u32(scratch + ", "store_shared_u32(scratch + 0x40000 + ", "outside of shared memory"
+        CHUNKS, MERGED, MERGED.replace("memory_", "memory_ + 0x40000"), "outside of shared memory", ManyRows(len_k=1200)
     ),
     "writes before shared memory": Bug(
-        EPILOGUE, "store_shared_u32(scratch + ", "store_shared_u32(scratch % 16 - 0x8000 + ", "outside of shared memory"
+        CHUNKS,
+        MERGED,
+        MERGED.replace("memory_", "memory_ % 16 - 0x8000"),
+        "outside of shared memory",
+        ManyRows(len_k=1200),
     ),
     "a shared object that is not there": Bug(
         FORWARD, "shared_address(shared.rows[warp])", "shared_address(shared.rows[99])", "not in shared memory"
     ),
     "a misaligned load": Bug(
-        EPILOGUE,
-        "load_shared_u32x4(scratch + ",
-        "load_shared_u32x4(scratch + 4 + ",
+        CHUNKS,
+        "ptx::load_shared_f32x4(row_slot())",
+        "ptx::load_shared_f32x4(row_slot() + 4)",
         "shared load of 16 bytes .* misaligned",
+        ManyRows(len_k=1200),
     ),
     "a misaligned store": Bug(
         EPILOGUE, STORE_ROW, STORE_ROW.replace("* 8", "* 8 + 1"), "global store of 16 bytes .* misaligned"
@@ -93,13 +93,13 @@ BUGS = {
     "a row that is not stored": Bug(
         EPILOGUE,
         STORE_ROW,
-        f"if (row != 3) {STORE_ROW}",
+        STORE_ROW.replace("exists", "exists && row != 3"),
         r"^out: 320 elements were not written, the first at \(0, 0, 3, 0\)",
     ),
     "a store between the rows": Bug(
         EPILOGUE,
         STORE_ROW,
-        f"if (row == 3) ptx::store_global_u32x4(row_out(row) + 64 + unit * 8, uint4{{}});\n{STORE_ROW}",
+        f"if (exists && row == 3) ptx::store_global_u32x4(to.out + 64 + unit * 8, uint4{{}});\n{STORE_ROW}",
         r"^out: 640 bytes between its elements were written",
         ManyRows(row_stride=2),
     ),
@@ -107,7 +107,7 @@ BUGS = {
         SOFTMAX,
         "quad_sum(float x) {",
         "quad_sum(float x) {\n    if (threadIdx.x & 16) return x;",
-        "divergence: reached __s[a-z_]+ while others of its group wait in __s[a-z_]+",
+        "deadlock: warp 0 waits in __shfl_xor_sync with 16 of 32 threads",
     ),
     "a mask without half of the lanes": Bug(
         SOFTMAX, "all_lanes = 0xffffffffu", "all_lanes = 0x0000ffffu", "__[a-z_]+_sync: the mask leaves lanes out"

@@ -12,6 +12,7 @@ import cuattn
 from cuattn import env
 from cuattn.cli import check, main
 from cuattn.errors import CompileError, MissingDependencyError
+from cuattn.reporting import make_reporter
 from cuattn.testing import CHECKS, GRADIENT_CHECKS, Case, Cases
 from cuattn.testing.report import SHOWN_FAILURES
 
@@ -240,6 +241,20 @@ class TestCheck:
         assert main(["check", "--dtype", "float32", "bfloat16"]) == 0
         assert asked[-1]["dtypes"] == ("float32", "bfloat16")
         assert "d64/32 full" in capsys.readouterr().out
+
+    def test_kernels_are_compiled_together_before_a_gpu_needs_them(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        compiled: list[Any] = []
+
+        def precompile(*chosen: list[str]) -> list[str]:
+            compiled.extend(chosen)
+            return ["kernel"] * 7
+
+        monkeypatch.setattr(check, "precompile", precompile)
+        check._compile(make_reporter(), FEW_CASES)
+        assert compiled == [[64], ["causal", "full"], ["bfloat16", "float16", "float32"]]
+        assert capsys.readouterr().out.startswith("7 kernels compiled or found in 0 s")
 
 
 def _attend_whole(op: Any, sequence: Any, mask: str, cut: int, options: Any) -> Any:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from cuattn.cli.arguments import output_file, output_file_or_standard
 from cuattn.cli.operations import AUTOGRAD, CONVENTIONS, load_attention, load_gradients
 from cuattn.config import ARCHITECTURES, DTYPES
 from cuattn.gradients import attention_backward, attention_varlen_backward
+from cuattn.jit import precompile
 from cuattn.partials import attention_partials, chunk_starts, combine
 from cuattn.reporting import Reporter, make_reporter
 from cuattn.testing import (
@@ -110,12 +112,15 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.usage_error(str(error))
     reporter = make_reporter(sys.stderr if arguments.json == "-" else sys.stdout)
     _introduce(reporter, setting)
+    cases = Cases.standard(**setting.variants)
+    if setting.backend == "cuda":
+        _compile(reporter, cases)
     with setting.place:
         report = judge(
             setting.operation,
             setting.backward,
             judgments=setting.judgments,
-            cases=Cases.standard(**setting.variants),
+            cases=cases,
             library=setting.library,
             track=reporter.track,
         )
@@ -151,6 +156,15 @@ def _introduce(reporter: Reporter, setting: Setting) -> None:
         reporter.line(f"cuattn {__version__}: backend {backend}, {arrays}")
     for dtype in set(DTYPES) - set(library.dtypes()):
         reporter.line(f"without {dtype}, which {library.name} cannot hold: pip install ml_dtypes")
+
+
+def _compile(reporter: Reporter, cases: Cases) -> None:
+    """All kernels of the cases at once, on all cores, rather than each where it is first needed."""
+    start = time.monotonic()
+    every = [*cases.invariance, *cases.accuracy, *cases.gradient_accuracy]
+    chosen = ({getattr(case, name) for case in every} for name in ("head_dim", "mask", "dtype"))
+    kernels = precompile(*map(sorted, chosen))
+    reporter.line(f"{len(kernels)} kernels compiled or found in {time.monotonic() - start:.0f} s")
 
 
 def _setting(arguments: argparse.Namespace) -> Setting:
