@@ -109,6 +109,12 @@ BUGS = {
         "quad_sum(float x) {\n    if (threadIdx.x & 16) return x;",
         "deadlock: warp 0 waits in __shfl_xor_sync with 16 of 32 threads",
     ),
+    "a collective that half of its lanes pass over": Bug(
+        SOFTMAX,
+        "quad_max(float x) {",
+        "quad_max(float x) {\n    if (threadIdx.x & 16) return x;",
+        "divergence: reached (__[a-z_]+|a vote) while others of its group wait in (__[a-z_]+|a vote)",
+    ),
     "a mask without half of the lanes": Bug(
         SOFTMAX, "all_lanes = 0xffffffffu", "all_lanes = 0x0000ffffu", "__[a-z_]+_sync: the mask leaves lanes out"
     ),
