@@ -128,7 +128,7 @@ def test_what_the_driver_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     described = TensorMap.of(strided((2, 3, 5, 72), (1080, 72, 216, 1)), 80)
     assert tensor_map.encode(described) == bytes([1]) * 128
     float16, bfloat16 = 6, 9
-    rest = ([72, 5, 3, 2], [432, 144, 2160], [64, 80, 1, 1], [1, 1, 1, 1], 0, 3, 3, 0)
+    rest = ([72, 5, 3, 2], [432, 144, 2160], [64, 80, 1, 1], [1, 1, 1, 1], 0, 3, 2, 0)
     assert driver.calls == [(bfloat16, 4, 1 << 20, *rest)]
     tensor_map.encode(replace(described, dtype="float16"))
     assert driver.calls[1] == (float16, 4, 1 << 20, *rest)
