@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from command_line import usage_error
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cuattn
 from cuattn import testing
@@ -228,9 +229,10 @@ class TestConventions:
     @pytest.mark.parametrize("scale", [None, 0.3])
     @pytest.mark.parametrize("form", OPERATIONS)
     def test_accuracy(self, form: str, mask: str, rows: int, keys: int, scale: float | None) -> None:
-        case = Case(rows, keys, mask, "float16", heads=4, kv_heads=2, scale=scale)
+        case = Case(rows, keys, mask, "float32", heads=4, kv_heads=2, scale=scale)
         library = NumpyLibrary() if form == "numpy" else TorchLibrary()
-        testing.assert_accurate(OPERATIONS[form], case, library)
+        with sdpa_kernel(SDPBackend.MATH):  # how accurate the others are depends on the processor
+            testing.assert_accurate(OPERATIONS[form], case, library)
 
     def test_head_groups_are_left_to_a_function_that_knows_them(self) -> None:
         testing.assert_accurate(from_sdpa(grouped), Case(9, 40, heads=4, kv_heads=2, scale=0.3), TorchLibrary())
