@@ -9,6 +9,8 @@ import numpy as np
 FIRST, NEXT = 2.6, 0.8
 #: Blocks for each multiprocessor where lengths are known on the device alone.
 UNKNOWN = 8
+#: Turns that are looked at: what comes later repeats them.
+COUNTED = 64
 
 
 @functools.lru_cache(4096)
@@ -23,13 +25,12 @@ def block_count(items: int, tiles: int, causal: bool, processors: int, known: bo
         return items
     if not known:
         return min(items, UNKNOWN * processors)
-    costs = tiles - np.arange(items) % tiles if causal else np.full(items, tiles)
-    costs = costs * 1.0
-    everything = float(costs.sum())
-    best, least = items, (everything + FIRST * items) / processors + tiles / 2
+    counted = min(items, COUNTED * processors)
+    costs = tiles - np.arange(counted) % tiles if causal else np.full(counted, tiles)
+    best, least = items, float(costs.sum() + FIRST * counted) / processors + tiles / 2
     for blocks in _candidates(items, tiles, processors):
-        turns = np.zeros((-(-items // blocks), blocks))
-        turns.reshape(-1)[:items] = costs + NEXT
+        turns = np.zeros((-(-counted // blocks), blocks))
+        turns.reshape(-1)[:counted] = costs + NEXT
         turns[1::2] = turns[1::2, ::-1]
         longest = float(turns.sum(0).max()) + FIRST - NEXT
         if longest < least:

@@ -51,3 +51,11 @@ def test_few_tiles_have_a_block_each() -> None:
 def test_what_is_not_known_here_is_spread_finely() -> None:
     assert block_count(10**6, 100, True, PROCESSORS, known=False) == UNKNOWN * PROCESSORS
     assert block_count(200, 100, True, PROCESSORS, known=False) == 200
+
+
+def test_the_largest_grid_is_planned_at_once() -> None:
+    """Not an array of two billion tiles."""
+    assert block_count(2**31 - 1, 4096, True, PROCESSORS) in (PROCESSORS, 128, 2**31 - 1)
+    blocks = block_count(1 << 18, 128, True, PROCESSORS)
+    assert blocks <= PROCESSORS
+    assert longest(1 << 18, 128, True, blocks) < 1.1

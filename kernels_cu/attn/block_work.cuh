@@ -25,8 +25,8 @@ struct Tiles {
     }
 };
 
-// The block's item in a turn; where blocks share tiles each has one. Blocks go through the items forth and back: long rows and short ones, of which the first are
-// long, even out.
+// The block's item in a turn; where blocks share tiles each has one. Blocks go through the items forth and back: long rows
+// and short ones, of which the first are long, even out.
 __device__ __forceinline__ u32 item_of(u32 turn) {
     return turn * gridDim.x + (turn & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
 }

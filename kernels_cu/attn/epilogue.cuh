@@ -62,8 +62,8 @@ struct RowPlace {
 };
 
 // Writes a warp's 16 rows. out[b][c]: column 8 b + 2 (lane % 4) + c % 2 of row lane / 4 + 8 (c / 2). Row r goes to place_of(r)
-// if there is a row `first` + r among `count`. A lane stores 16 bytes at a time: every fourth block of columns. Without branches, so
-// that nothing waits for what it does not need.
+// if there is a row `first` + r among `count`. A lane stores 16 bytes at a time: every fourth block of columns. Without
+// branches, so that nothing waits for what it does not need.
 template <int head_dim, bool bfloat16, int blocks, class PlaceOf>
 __device__ __forceinline__ void store_rows(const float (&out)[blocks][4], const RowStatistics& rows, int first,
                                            int count, const PlaceOf& place_of) {

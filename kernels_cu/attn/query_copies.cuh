@@ -9,8 +9,8 @@
 
 namespace cuattn {
 
-// By one warp: `rows` rows, from number `first` of the tile on, whose first row is packed row `tile_row` of the sequence, which
-// may be negative.
+// By one warp: `rows` rows, from number `first` of the tile on, whose first row is packed row `tile_row` of the sequence,
+// which may be negative.
 template <class Tile, int head_dim, int rows>
 __device__ __forceinline__ void copy_queries(const ForwardParams& params, const Work& work, int tile_row, int first,
                                              u32 to) {

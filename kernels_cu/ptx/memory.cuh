@@ -29,15 +29,6 @@ __device__ __forceinline__ void store_shared_f32x4(u32 to, float4 x) {
     asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(to), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w) : "memory");
 }
 
-__device__ __forceinline__ uint4 load_shared_u32x4(u32 from) {
-    uint4 x;
-    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "r"(from)
-                 : "memory");
-    return x;
-}
-
 __device__ __forceinline__ float2 load_shared_f32x2(u32 from) {
     float2 x;
     asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(from) : "memory");

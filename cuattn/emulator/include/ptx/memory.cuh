@@ -37,11 +37,6 @@ inline void store_shared_f32x4(u32 to, float4 x) {
     emulator::store_shared(to, &x, 16);
 }
 
-inline uint4 load_shared_u32x4(u32 from) {
-    uint4 x;
-    emulator::load_shared(&x, from, 16);
-    return x;
-}
 inline float2 load_shared_f32x2(u32 from) {
     float2 x;
     emulator::load_shared(&x, from, 8);
