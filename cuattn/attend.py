@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from cuattn import config as configs
 from cuattn import contract
-from cuattn.config import ColumnsConfig, ForwardConfig, ForwardSm90Config, KernelConfig
+from cuattn.config import ColumnsConfig, DecodeConfig, ForwardConfig, ForwardSm90Config, KernelConfig
 from cuattn.interop import Tensor
 from cuattn.launches import LARGEST_GRID, Allocate, Launch, Target, sequence_arrays, set_pages, strides_of
 from cuattn.params import (
@@ -83,6 +83,12 @@ class Attend:
         """Whether several blocks can share the chunks of many rows."""
         return isinstance(self.many_rows_config, ForwardSm90Config)
 
+    @functools.cached_property
+    def _mapped(self) -> dict[str, Tensor]:
+        """What the copy engine can read: keys and values that lie in one piece and can be described to it."""
+        tensors = {"key_map": self.problem.key, "value_map": self.problem.value}
+        return tensors if not self.problem.paged and all(map(can_map, tensors.values())) else {}
+
     def many_rows(self, allocate: Allocate, few_rows: int) -> list[Launch]:
         """A block for each tile of rows; sequences of at most ``few_rows`` rows are left to another launch."""
         problem, config = self.problem, self.many_rows_config
@@ -125,7 +131,7 @@ class Attend:
 
     def _launch_sm90(
         self,
-        config: ForwardSm90Config,
+        config: ForwardSm90Config | DecodeConfig,
         blocks: int,
         partials: PartialParams,
         scratch: dict[str, Tensor],
@@ -135,10 +141,8 @@ class Attend:
     ) -> Launch:
         """The copy engine reads keys and values through maps of them where they lie in one piece; where they do not, or
         there is no such map, threads read them."""
-        tensors = {"key_map": self.problem.key, "value_map": self.problem.value}
-        if self.problem.paged or not all(can_map(tensor) for tensor in tensors.values()):
-            tensors = {}
-        if self.paged or not tensors:
+        tensors = self._mapped
+        if isinstance(config, ForwardSm90Config) and (self.paged or not tensors):
             config = replace(config, ragged=True, paged=True)
         finished = {}
         if config.merged_floats and contract.chunk_count(self.key_length) > 1:
@@ -167,7 +171,9 @@ class Attend:
 
         Sequences of more than ``few_rows`` rows are left to another launch.
         """
-        problem, config = self.problem, configs.few_rows(*self._shape, self.paged)
+        problem = self.problem
+        rows = LARGEST_GRID if self.packed else problem.query_length * problem.group
+        config = configs.few_rows(*self._shape, self.paged or not self._mapped, rows)
         tiles = self.tiles_of(config.row_tile, problem.group)
         groups = problem.batch * problem.key_heads * tiles
         chunks = max(1, contract.chunk_count(self.key_length))
@@ -196,7 +202,7 @@ class Attend:
         if chunks > 1 and not (even and groups % blocks == 0):
             scratch = _workspace(slots, chunks, rows, problem.value_dim, allocate)
         partials = partial_params(scratch, chunks, rows, by_group=by_group)
-        if isinstance(config, ForwardSm90Config):
+        if not isinstance(config, ColumnsConfig):
             forward = self._launch_sm90(config, blocks, partials, scratch, allocate)
         else:
             forward = self._launch(config, blocks, SplitParams(self.params, partials), config.row_tile, scratch)

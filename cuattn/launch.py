@@ -1,6 +1,7 @@
 """Loading compiled kernels to a device and launching them, through CuPy."""
 
 import array
+import ctypes
 import functools
 import threading
 from typing import Any, TypeAlias
@@ -16,6 +17,8 @@ __all__ = ["device_architecture", "device_count", "launch_kernel", "loaded", "pr
 Words: TypeAlias = "array.array[int]"
 
 _load_lock = threading.Lock()
+#: A CUlaunchAttributeID of cuda.h.
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6
 
 
 class Kernel:
@@ -26,6 +29,7 @@ class Kernel:
         self._handle = function.kernel.ptr
         self._threads, self._shared_bytes = config.threads, config.shared_bytes
         self._launch = _driver().launchKernel
+        self._launch_early = _launch_ex() if config.overlaps else None
 
     def launch(self, grid: int, words: Words, stream: int) -> None:
         """Launches at least one block on a raw stream of the kernel's device, the thread's current one.
@@ -34,7 +38,23 @@ class Kernel:
         """
         address = words.buffer_info()[0]
         words[0] = address + words.itemsize
-        self._launch(self._handle, grid, 1, 1, self._threads, 1, 1, self._shared_bytes, stream, address, 0)
+        if self._launch_early is None:
+            self._launch(self._handle, grid, 1, 1, self._threads, 1, 1, self._shared_bytes, stream, address, 0)
+            return
+        shape = _early(grid, self._threads, self._shared_bytes, stream)
+        code = self._launch_early(shape.buffer_info()[0], self._handle, address, 0)
+        if code:
+            raise RuntimeError(
+                f"cuLaunchKernelEx failed with CUDA error {code}: {grid} blocks of {self._threads} threads"
+            )
+
+
+def _early(grid: int, threads: int, shared_bytes: int, stream: int) -> Words:
+    """A CUlaunchConfig of cuda.h, and behind it its one attribute: that the launch may start before earlier ones end."""
+    words = array.array("Q", (grid | 1 << 32, 1 | threads << 32, 1 | 1 << 32, shared_bytes, stream, 0, 1))
+    words.extend((_PROGRAMMATIC_STREAM_SERIALIZATION, 1, 0, 0, 0, 0, 0, 0, 0))
+    words[5] = words.buffer_info()[0] + 7 * words.itemsize
+    return words
 
 
 def words_of(argument: bytes | bytearray) -> Words:
@@ -49,6 +69,14 @@ def _driver() -> Any:
     from cupy.cuda import driver
 
     return driver
+
+
+@functools.cache
+def _launch_ex() -> Any:
+    """cuLaunchKernelEx of the driver."""
+    function = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
+    function.argtypes = (ctypes.c_void_p,) * 4
+    return function
 
 
 def launch_kernel(launch: Launch, device_index: int, stream: int) -> None:

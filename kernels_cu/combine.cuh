@@ -9,6 +9,7 @@
 #include <attn/params.cuh>
 #include <attn/rows.cuh>
 #include <common/types.cuh>
+#include <ptx/grid.cuh>
 #include <ptx/math.cuh>
 #include <ptx/memory.cuh>
 
@@ -58,6 +59,10 @@ __device__ __forceinline__ void add_chunks(Merged& row, const Partials& partials
 }
 
 extern "C" __global__ void __launch_bounds__(config::threads) combine(const __grid_constant__ CombineParams params) {
+    if constexpr (config::overlaps) {
+        ptx::wait_for_earlier_launches();
+        ptx::let_later_launches_start();
+    }
     const ForwardParams& forward = params.forward;
     const Partials& partials = params.partials;
     const int column = 4 * threadIdx.x;

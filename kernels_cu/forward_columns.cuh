@@ -131,7 +131,9 @@ class BlockRows {
     }
 
     // Whether the caller wants every chunk's result.
-    __device__ __forceinline__ bool to_caller() const { return params_.partials.out && !params_.partials.groups; }
+    __device__ __forceinline__ bool to_caller() const {
+        return config::partial_results && params_.partials.out && !params_.partials.groups;
+    }
 
   private:
     // Starts the copies of the rows and of the first tiles, and waits for the rows.

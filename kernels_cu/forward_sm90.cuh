@@ -23,6 +23,7 @@
 #include <attn/work.cuh>
 #include <common/types.cuh>
 #include <ptx/cp_async.cuh>
+#include <ptx/grid.cuh>
 #include <ptx/mbarrier.cuh>
 #include <ptx/memory.cuh>
 #include <ptx/tma.cuh>
@@ -311,6 +312,40 @@ class Consumer {
     Products::Weights weight_;
 };
 
+// Fills the ring for all works of the block.
+__device__ __forceinline__ void produce_keys(const ForwardSm90Params& params, const Start<block_rows>& start,
+                                             const RingAddress& ring, int lane) {
+    At place;
+    u32 landed_parity = 0;
+    produce<block_rows>(params, start, lane, [&](const Work& work, const Tiles& tiles) {
+        if (!config::paged || (finds_pieces && params.mapped && work.sequence.first_place >= 0)) {
+            fill<KeyBoxes>(params, work, tiles, ring, place, landed_parity);
+        } else {
+            fill<KeyRows>(params, work, tiles, ring, place, landed_parity);
+        }
+    });
+}
+
+// Fetches the queries of consumer `number` for all works of the block. By one warp.
+__device__ __forceinline__ void produce_queries(const ForwardSm90Params& params, const Start<block_rows>& start,
+                                                SharedMemory& shared, int number, int lane) {
+    const u32 query = ptx::shared_address(shared.query[number]);
+    const u32 filled = ptx::shared_address(&shared.queries_filled[number]),
+              free = ptx::shared_address(&shared.queries_free[number]);
+    u32 parity = 0;
+    for_each_work<block_rows>(params, lane, start, [&](const Work& work) {
+        ptx::mbarrier_wait(free, parity ^ 1);
+        parity ^= 1;
+        __syncwarp();  // all lanes have seen it, before one of them may begin the next turn
+        copy_queries<QueryTile, head_dim, group_rows>(params.call.forward, work, work.first_row + number * group_rows,
+                                                      0, query);
+        ptx::cp_async_commit();
+        ptx::cp_async_wait<0>();
+        ptx::fence_async_proxy();
+        ptx::mbarrier_arrive(filled);
+    });
+}
+
 extern "C" __global__ void __launch_bounds__(threads, 1)
     forward_sm90(const __grid_constant__ ForwardSm90Params params) {
     SharedMemory& shared = *static_cast<SharedMemory*>(ptx::dynamic_shared());
@@ -321,13 +356,14 @@ extern "C" __global__ void __launch_bounds__(threads, 1)
     if (threadIdx.x == 0) init_barriers(shared, ring);
     const Start<block_rows> start(params, lane);
     __syncthreads();
+    ptx::let_later_launches_start();
     // the same for all lanes of a warp, and the compiler must know
     const int warp = __shfl_sync(all_lanes, threadIdx.x / 32, 0);
     const int number = warp / 4;
     if (number == 0) {
         if constexpr (moves_registers) ptx::release_registers<config::producer_registers>();
         if (warp < copiers / 32) {
-            produce(params, start, ring, lane);
+            produce_keys(params, start, ring, lane);
         } else if (fetches_queries && warp <= consumers) {
             produce_queries(params, start, shared, warp - 1, lane);
         }

@@ -17,7 +17,7 @@ from cuattn.config.base import (
 )
 from cuattn.config.columns import ColumnsConfig
 from cuattn.config.forward import ForwardConfig
-from cuattn.config.hopper import ForwardSm90Config
+from cuattn.config.hopper import DecodeConfig, ForwardSm90Config
 from cuattn.config.small import AppendConfig, CombineConfig, ScanConfig
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "ColumnsConfig",
     "CombineConfig",
     "CompactConfig",
+    "DecodeConfig",
     "ForwardConfig",
     "ForwardSm90Config",
     "KernelConfig",
@@ -46,6 +47,10 @@ __all__ = [
     "helper_configs",
     "many_rows",
 ]
+
+
+#: Numbers of rows of which each may have a kernel of its own; the last is the most that count as few.
+FEW_ROWS = (8, 16, 64)
 
 
 def _is_tiled(head_dim: int, value_dim: int, dtype: str) -> bool:
@@ -67,13 +72,21 @@ def many_rows(
 
 @functools.cache
 def few_rows(
-    head_dim: int, value_dim: int, mask: str, dtype: str, arch: str, paged: bool
-) -> ForwardSm90Config | ColumnsConfig:
-    """The kernel for decode. For keys that are looked up in tables the portable one is faster on Hopper, too."""
-    small = max(head_dim, value_dim) <= hopper.LARGEST_OF_FEW_ROWS
-    if arch == hopper.ARCH and dtype in hopper.DTYPES and small and not paged:
-        return ForwardSm90Config(head_dim, value_dim, mask, dtype, arch, ragged=True, split=True, few=True)
-    return columns(head_dim, value_dim, mask, dtype, arch, paged, split=True)
+    head_dim: int, value_dim: int, mask: str, dtype: str, arch: str, paged: bool, rows: int
+) -> DecodeConfig | ForwardSm90Config | ColumnsConfig:
+    """The kernel for decode, of up to so many ``rows`` of a sequence and key head.
+
+    For keys that are looked up in tables the portable one is faster on Hopper, too.
+    """
+    shape = (head_dim, value_dim, mask, dtype, arch)
+    if arch == hopper.ARCH and dtype in hopper.DTYPES and not paged:
+        small = max(head_dim, value_dim) <= hopper.LARGEST_OF_FEW_ROWS
+        row_blocks = max(1, -(-rows // hopper.ROW_BLOCK))
+        if row_blocks <= 1 + small:
+            return DecodeConfig(*shape, row_blocks)
+        if small:
+            return ForwardSm90Config(*shape, ragged=True, split=True, few=True)
+    return columns(*shape, paged, split=True)
 
 
 @functools.cache
@@ -91,7 +104,7 @@ def attention_configs(
     lengths = [(False, False), (True, False), (True, True)]
     many = [many_rows(*shape, ragged, paged) for ragged, paged in lengths]
     shared = [replace(kernel, split=True) for kernel in many if isinstance(kernel, ForwardSm90Config) and kernel.ragged]
-    few = [few_rows(*shape, paged) for paged in (False, True)]
+    few = [few_rows(*shape, paged, rows) for paged in (False, True) for rows in FEW_ROWS]
     partial = columns(*shape, paged=False, split=True)
     return [*dict.fromkeys([*many, *shared, *few, partial]), CombineConfig(value_dim, dtype, arch)]
 

@@ -52,11 +52,13 @@ class KernelConfig(ABC):
     """One specialisation of a kernel for one architecture.
 
     kernel: its name, which is that of its file in kernels_cu/; params: the name of its argument's struct.
+    overlaps: whether it waits itself for the launches before it, and so may start before they have ended.
     """
 
     kernel: ClassVar[str]
     params: ClassVar[str]
     arch: str
+    overlaps = False
 
     @property
     @abstractmethod

@@ -49,6 +49,8 @@ class ColumnsConfig(KernelConfig):
             "split": self.split,
             "ragged": True,
             "paged": self.paged,
+            "packed": True,
+            "partial_results": self.split,
             "place_tiles": self._place_tiles(self.slot_keys),
             "key_tile": self.key_tile,
             "row_warps": self.row_warps,

@@ -16,6 +16,8 @@ REGISTERS = 65536
 REGISTER_UNIT = 8
 #: Larger head dims leave no registers to spare for finding out which rows come next.
 LARGEST_OF_FEW_ROWS = 128
+#: Rows of which decode_sm90 computes a multiple, and its warps that multiply values.
+ROW_BLOCK, VALUE_WARPS = 8, 4
 #: More slots than this do not hide more latency.
 MOST_SLOTS = 8
 
@@ -42,6 +44,7 @@ class ForwardSm90Config(KernelConfig):
     few: bool = False
 
     blocks_per_multiprocessor = 1
+    overlaps = True
 
     @functools.cached_property
     def name(self) -> str:
@@ -61,6 +64,8 @@ class ForwardSm90Config(KernelConfig):
             "bfloat16": self.dtype == "bfloat16",
             "ragged": self.ragged,
             "paged": self.paged,
+            "packed": self.ragged,
+            "partial_results": False,
             "split": self.split,
             "few": self.few,
             "key_tile": self.key_tile,
@@ -150,3 +155,87 @@ class ForwardSm90Config(KernelConfig):
             yield 3, True
         yield 2, True
         yield 2, False
+
+
+@dataclass(frozen=True)
+class DecodeConfig(KernelConfig):
+    """Attention of a few rows, in blocks of 8 for a key head: a block of threads has any range of their chunks.
+
+    The copy engine fetches keys, which lie a fixed distance apart; lengths are read on the device.
+    """
+
+    kernel = "decode_sm90"
+    params = "ForwardSm90Params"
+
+    head_dim: int
+    value_dim: int
+    mask: str
+    dtype: str
+    arch: str
+    row_blocks: int
+
+    blocks_per_multiprocessor = 1
+    overlaps = True
+    merged_floats = 0
+
+    @functools.cached_property
+    def name(self) -> str:
+        dims = dims_name(self.head_dim, self.value_dim)
+        return f"{self.kernel}_{dims}_{self.mask}_rows{self.row_tile}_{self.dtype}_{self.arch}"
+
+    @property
+    def constants(self) -> Constants:
+        return {
+            "head_dim": self.head_dim,
+            "tile_dim": tile_columns(self.head_dim),
+            "value_dim": self.value_dim,
+            "value_tile_dim": tile_columns(self.value_dim),
+            "causal": self.mask == "causal",
+            "bfloat16": self.dtype == "bfloat16",
+            "ragged": True,
+            "paged": False,
+            "packed": False,
+            "partial_results": False,
+            "split": True,
+            "few": True,
+            "key_tile": self.key_tile,
+            "row_blocks": self.row_blocks,
+            "score_warps": self._score_warps,
+            "value_warps": VALUE_WARPS,
+            "ring_slots": self.ring_slots,
+        }
+
+    @property
+    def key_tile(self) -> int:
+        return contract.key_tile(max(self.head_dim, self.value_dim))
+
+    @property
+    def _score_warps(self) -> int:
+        """Those that make weights, of 16 keys each, or of 32 where more warps leave too few registers for 16 rows."""
+        return 8 if self.key_tile == 128 and self.row_blocks == 1 else 4
+
+    @property
+    def threads(self) -> int:
+        return 32 * (2 + self._score_warps + VALUE_WARPS)
+
+    @property
+    def row_tile(self) -> int:
+        return ROW_BLOCK * self.row_blocks
+
+    @property
+    def ring_slots(self) -> int:
+        return min(2 * MOST_SLOTS, (ARCHITECTURES[self.arch] - self._fixed_bytes) // self._slot_bytes)
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.ring_slots * self._slot_bytes + self._fixed_bytes
+
+    @property
+    def _slot_bytes(self) -> int:
+        return self.key_tile * tile_columns(max(self.head_dim, self.value_dim)) * 2
+
+    @property
+    def _fixed_bytes(self) -> int:
+        """Of two tiles scores, weights in both forms and two numbers for each row; and barriers."""
+        row = 2 * (8 * (self.key_tile + 4) + 2 * (self.key_tile + 8) + 4 * 2) + 4
+        return -(-(self.row_tile * row + 8 * (4 * MOST_SLOTS + 5)) // 1024) * 1024

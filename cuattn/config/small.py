@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cuattn.config.base import Constants, KernelConfig
+from cuattn.config.base import Constants, KernelConfig, capability
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,10 @@ class CombineConfig(KernelConfig):
         return f"{self.kernel}_d{self.value_dim}_{self.dtype}_{self.arch}"
 
     @property
+    def overlaps(self) -> bool:  # type: ignore[override]
+        return capability(self.arch) >= 90
+
+    @property
     def threads(self) -> int:
         return -(-self.value_dim // 128) * 32
 
@@ -32,6 +36,7 @@ class CombineConfig(KernelConfig):
             "float32": self.dtype == "float32",
             "bfloat16": self.dtype == "bfloat16",
             "threads": self.threads,
+            "overlaps": self.overlaps,
         }
 
 

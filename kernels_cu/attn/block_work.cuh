@@ -6,24 +6,9 @@
 #include <attn/place.cuh>
 #include <attn/work.cuh>
 #include <common/types.cuh>
+#include <ptx/grid.cuh>
 
 namespace cuattn {
-
-// Which tiles of keys a block passes over for its rows before packed row `end_row`.
-struct Tiles {
-    int first, end;
-
-    __device__ __forceinline__ Tiles(const Work& work, int group, int end_row)
-        : first(config::chunk_start(work.first_chunk) / config::key_tile), end(max(first, seen(work, group, end_row))) {
-        if (config::split) end = max(first, min(end, config::chunk_start(work.end_chunk) / config::key_tile));
-    }
-
-    // Those of which the rows see something.
-    __device__ __forceinline__ static int seen(const Work& work, int group, int end_row) {
-        const int last = min(end_row, work.sequence.query_length * group) - 1;
-        return (work.sequence.visible_keys(last / group) + config::key_tile - 1) / config::key_tile;
-    }
-};
 
 // The block's item in a turn; where blocks share tiles each has one. Blocks go through the items forth and back: long rows
 // and short ones, of which the first are long, even out.
@@ -69,11 +54,11 @@ __device__ __forceinline__ bool tile_work(const ForwardParams& params, int piece
     return true;
 }
 
-// What a block's warps find out together, before each goes its own way: one after the other they would wait for the same
-// instructions and lengths. Of few rows that is the first work.
+// The wait for earlier launches, and what a block's warps find out together behind it, before each goes its own way: one after
+// the other they would wait for the same instructions and lengths. Of few rows that is the first work.
 template <int tile_rows, bool few = config::few>
 struct Start {
-    __device__ __forceinline__ Start(const ForwardSm90Params&, int) {}
+    __device__ __forceinline__ Start(const ForwardSm90Params&, int) { ptx::wait_for_earlier_launches(); }
 };
 template <int tile_rows>
 struct Start<tile_rows, true> {
@@ -81,8 +66,16 @@ struct Start<tile_rows, true> {
     Work work;
     bool any;
 
-    __device__ __forceinline__ Start(const ForwardSm90Params& params, int lane)
-        : ranges(params.call, lane), any(ranges.next(work)) {}
+    // Where no lengths of queries are to be read, a rehearsal comes before the wait: then the instructions are at hand, which
+    // takes longer than the work itself.
+    __device__ __forceinline__ Start(const ForwardSm90Params& params, int lane) {
+#pragma unroll 1
+        for (int rehearses = !config::packed; rehearses >= 0; --rehearses) {
+            if (!rehearses) ptx::wait_for_earlier_launches();
+            ranges = Ranges<tile_rows>(params.call, lane, rehearses);
+            any = ranges.next(work);
+        }
+    }
 };
 
 // Calls attend(work) for all that this block computes, and pass(item) for items in which there is nothing to do.

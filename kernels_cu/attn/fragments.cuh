@@ -26,11 +26,20 @@ struct Fragments<false, bfloat16> {
         u32 x[4];
     };
 
-    // Columns `group` * depth and following of 16 rows of a tile.
+    // Columns `group` * depth and following of 16 rows of a tile, from first_row on.
     template <class Rows>
-    __device__ __forceinline__ static Left load_left(u32 rows, int group, int lane) {
+    __device__ __forceinline__ static Left load_left(u32 rows, int group, int lane, int first_row = 0) {
         Left left;
-        ptx::ldmatrix_x4(left.x, rows + Rows::offset(lane & 15, 2 * group + (lane >> 4)));
+        ptx::ldmatrix_x4(left.x, rows + Rows::offset(first_row + (lane & 15), 2 * group + (lane >> 4)));
+        return left;
+    }
+
+    // Rows `group` * depth and following of 16 columns of a tile, from `column` on, which are the rows of the left operand.
+    template <class Rows>
+    __device__ __forceinline__ static Left load_left_columns(u32 rows, int group, int column, int lane) {
+        const int row = (lane & 7) + (lane >> 4) * 8, unit = (lane >> 3) & 1;
+        Left left;
+        ptx::ldmatrix_x4_trans(left.x, rows + Rows::offset(16 * group + row, column / 8 + unit));
         return left;
     }
 

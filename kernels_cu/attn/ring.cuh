@@ -1,6 +1,6 @@
 // The ring of tiles between the warps that copy and the warpgroups that compute. A slot's barrier `filled` ends a phase when
-// its tile is there, `free` when every consumer warp has read it. Steps are in the order of use: K0 K1 V0 K2 V1 ...
-// V(n - 1).
+// its tile is there, `free` when every warp that reads it has. Steps are in the order of use: K0 K1 V0 K2 V1 ... V(n - 1), or
+// without keys_ahead K0 V0 K1 V1 ...
 #pragma once
 
 #include <common/types.cuh>
@@ -37,7 +37,7 @@ struct RingPlace {
 
 // Calls copy(place, values, tile) for the keys (values false) and values of tiles [first, end), each as soon as its slot is
 // free. The first one's place is `place`, which becomes that of the step behind the last one.
-template <int slots, class Copy>
+template <int slots, bool keys_ahead, class Copy>
 __device__ __forceinline__ void fill_ring(u32 free, RingPlace<slots>& place, int first, int end, Copy& copy) {
     const auto step = [&](bool values, int tile) {
         ptx::mbarrier_wait(free + place.slot * ptx::mbarrier_bytes, place.parity ^ 1);
@@ -46,9 +46,9 @@ __device__ __forceinline__ void fill_ring(u32 free, RingPlace<slots>& place, int
         place = place.next();
     };
 #pragma unroll 1
-    for (int tile = first; tile <= end; ++tile) {
+    for (int tile = first; tile < end + keys_ahead; ++tile) {
         if (tile < end) step(false, tile);
-        if (tile > first) step(true, tile - 1);
+        if (tile >= first + keys_ahead) step(true, tile - keys_ahead);
     }
 }
 

@@ -8,8 +8,8 @@
 
 namespace cuattn {
 
-// ragged: lengths are read on the device; paged: keys lie where tables say.
-template <bool causal, bool ragged, bool paged>
+// ragged: lengths are read on the device; paged: keys lie where tables say; packed: sequences may lie behind each other.
+template <bool causal, bool ragged, bool paged, bool packed = ragged>
 struct Sequence {
     static constexpr bool by_tables = paged;
 
@@ -24,8 +24,8 @@ struct Sequence {
 
     __device__ __forceinline__ Sequence() {}
 
-    // Sequence `index` of the batch.
-    __device__ __forceinline__ Sequence(const ForwardParams& params, int index)
+    // Sequence `index` of the batch; its entry of key_lengths is read, or known: not negative.
+    __device__ __forceinline__ Sequence(const ForwardParams& params, int index, int entry = -1)
         : index(index),
           query_batch(index),
           key_batch(index),
@@ -34,11 +34,11 @@ struct Sequence {
           query_length(params.query_length),
           key_length(params.key_length) {
         const Sequences& sequences = params.sequences;
-        if (ragged && sequences.query_starts) {
+        if (packed && sequences.query_starts) {
             query_batch = 0;
             slice(sequences.query_starts + index, query_start, query_length);
         }
-        if (ragged && sequences.key_starts) {
+        if (packed && sequences.key_starts) {
             key_batch = 0;
             slice(sequences.key_starts + index, key_start, key_length);
         }
@@ -50,8 +50,8 @@ struct Sequence {
             if (seen) key_length = ptx::load_global_s32(seen + places);
         }
         if (ragged && sequences.key_lengths) {
-            const int length = ptx::load_global_s32(sequences.key_lengths + index);
-            key_length = max(0, min(length, key_length));
+            if (entry < 0) entry = ptx::load_global_s32(sequences.key_lengths + index);
+            key_length = max(0, min(entry, key_length));
             if (sequences.new_keys) key_length += min(query_length, places - key_length);
             if (sequences.cached) places = key_length;
         }

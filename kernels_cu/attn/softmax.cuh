@@ -21,15 +21,22 @@ struct RowStatistics {
     }
 };
 
-// Sum over the four lanes of a row: lane pairs (0, 1) and (2, 3), then the two pairs.
+// Sum over the four lanes of a row, `step` lanes apart: the first two and the last two, then both.
+template <int step = 1>
 __device__ __forceinline__ float quad_sum(float x) {
-    x = __fadd_rn(x, __shfl_xor_sync(all_lanes, x, 1));
-    return __fadd_rn(x, __shfl_xor_sync(all_lanes, x, 2));
+    x = __fadd_rn(x, __shfl_xor_sync(all_lanes, x, step));
+    return __fadd_rn(x, __shfl_xor_sync(all_lanes, x, 2 * step));
 }
 
 __device__ __forceinline__ float quad_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(all_lanes, x, 1));
     return fmaxf(x, __shfl_xor_sync(all_lanes, x, 2));
+}
+
+// The largest of all lanes' numbers, of which none is NaN: as integers of the same order.
+__device__ __forceinline__ float warp_max(float x) {
+    const auto ordered = [](u32 bits) { return bits ^ (static_cast<int>(bits) >> 31 & 0x7fffffff); };
+    return __uint_as_float(ordered(__reduce_max_sync(all_lanes, static_cast<int>(ordered(__float_as_uint(x))))));
 }
 
 // Scores of columns from `visible[row]` on (counted from the tile's first key) become -inf. The column of score[b][c] is
@@ -45,6 +52,19 @@ __device__ __forceinline__ void mask_scores(float (&score)[blocks][4], const int
     }
 }
 
+// Brings a row's reference to what a tile's largest score asks for; returns what everything accumulated under the old one must
+// be multiplied with.
+__device__ __forceinline__ float raise_reference(float& reference, float largest, float factor) {
+    const float before = reference;
+    reference = fmaxf(before, __fmul_rn(largest, factor));
+    return ptx::exp2_approx(__fsub_rn(before, reference));
+}
+
+// 2^(factor * score - reference)
+__device__ __forceinline__ float weight_of(float score, float factor, float reference) {
+    return ptx::exp2_approx(__fmaf_rn(score, factor, -reference));
+}
+
 // Turns scores into weights 2^(factor * score - reference) under the new reference, adds them to the lane's sums in
 // ascending column order, and returns in `rescale` what everything accumulated under the old reference must be
 // multiplied with.
@@ -58,15 +78,14 @@ __device__ __forceinline__ void softmax_tile(float (&score)[blocks][4], RowStati
         for (int b = 0; b < blocks; ++b) {
             largest = fmaxf(largest, fmaxf(score[b][2 * row], score[b][2 * row + 1]));
         }
-        const float reference = fmaxf(rows.reference[row], __fmul_rn(quad_max(largest), factor));
-        rescale[row] = ptx::exp2_approx(__fsub_rn(rows.reference[row], reference));
-        rows.reference[row] = reference;
+        rescale[row] = raise_reference(rows.reference[row], quad_max(largest), factor);
+        const float reference = rows.reference[row];
         float sum = __fmul_rn(rows.sum[row], rescale[row]);
 #pragma unroll
         for (int b = 0; b < blocks; ++b) {
 #pragma unroll
             for (int c = 2 * row; c < 2 * row + 2; ++c) {
-                score[b][c] = ptx::exp2_approx(__fmaf_rn(score[b][c], factor, -reference));
+                score[b][c] = weight_of(score[b][c], factor, reference);
                 sum = __fadd_rn(sum, score[b][c]);
             }
         }

@@ -9,49 +9,74 @@
 
 namespace cuattn {
 
-using KeySequence = Sequence<config::causal, config::ragged, config::paged>;
+using KeySequence = Sequence<config::causal, config::ragged, config::paged, config::packed>;
+
+struct Work;
+
+// Which tiles of keys a block passes over for its rows before packed row `end_row`.
+struct Tiles {
+    int first, end;
+
+    __device__ __forceinline__ Tiles() {}
+    __device__ __forceinline__ Tiles(const Work& work, int group, int end_row);
+    // Those of which the rows see something.
+    __device__ __forceinline__ static int seen(const Work& work, int group, int end_row);
+};
 
 // Chunks [first_chunk, end_chunk) of a group's `chunks`.
 struct Work {
     KeySequence sequence;
     int key_head, first_row;
     int first_chunk, end_chunk, chunks;
-    int slot;  // of the workspace
-    u32 turn;  // in which the block has it (block_work.cuh)
+    int slot;     // of the workspace
+    u32 turn;     // of many rows: in which the block has it (block_work.cuh)
+    Tiles tiles;  // of few rows: of the group's rows
 };
 
-__device__ __forceinline__ i64 warp_sum(i64 x) {
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
-    return x;
+__device__ __forceinline__ Tiles::Tiles(const Work& work, int group, int end_row)
+    : first(config::chunk_start(work.first_chunk) / config::key_tile), end(max(first, seen(work, group, end_row))) {
+    if (config::split) end = max(first, min(end, config::chunk_start(work.end_chunk) / config::key_tile));
 }
 
-// x / y for x that is not negative: by 32 bits where these do, which saves most of its time.
-__device__ __forceinline__ i64 quotient(i64 x, u32 y) { return x >> 32 ? x / y : i64(static_cast<u32>(x) / y); }
+__device__ __forceinline__ int Tiles::seen(const Work& work, int group, int end_row) {
+    const int last = min(end_row, work.sequence.query_length * group) - 1;
+    return (work.sequence.visible_keys(last / group) + config::key_tile - 1) / config::key_tile;
+}
 
-// The key tiles of all groups in the order (sequence, key head, row tile, key tile), cut into as many equal ranges as there
-// are blocks. A range has the chunks that start in it: which ones is all that depends on the batch.
+// The key tiles of all groups in the order (sequence, key head, row tile, key tile), fewer than 2^31, cut into as many equal
+// ranges as there are blocks; the first ones may have one more. A range has the chunks that start in it: which ones is all that
+// depends on the batch. `rehearses`: lengths are not read, and sequences are as long as they can be.
 template <int tile_rows>
 class Ranges {
   public:
-    __device__ __forceinline__ Ranges(const SplitParams& params, int lane) : params_(params) {
+    __device__ __forceinline__ Ranges() {}
+    __device__ __forceinline__ Ranges(const SplitParams& params, int lane, bool rehearses = false)
+        : params_(&params), heads_(params.forward.query_heads / params.forward.group), rehearses_(rehearses) {
         const int count = params.forward.sequences.count;
-        const i64 own = lane < count ? Shape(params, lane).size() : 0;
-        i64 sum = own;
-        for (int s = lane + 32; s < count; s += 32) sum += Shape(params, s).size();
-        total_ = warp_sum(sum);
+        entry_ = lane < count ? entry_of(lane) : 0;
+        const int own = lane < count ? size_of(Shape(params, lane, entry_)) : 0;
+        int sum = own;
+#pragma unroll 1
+        for (int s = lane + 32; s < count; s += 32) sum += size_of(Shape(params, s, entry_of(s)));
+        const u32 total = __reduce_add_sync(0xffffffffu, sum);
+        least_ = total / gridDim.x;
+        longer_ = total % gridDim.x;
         place_ = range_start(blockIdx.x);
         end_ = range_start(blockIdx.x + 1);
         // the sequence that place_ is in
+#pragma unroll 1
         for (int first = 0; place_ < end_ && first < count; first += 32) {
-            const i64 size = first == 0 ? own : first + lane < count ? Shape(params, first + lane).size() : 0;
-            const i64 together = warp_sum(size);
+            const int s = first + lane, size = first == 0  ? own
+                                               : s < count ? size_of(Shape(params, s, entry_of(s)))
+                                                           : 0;
+            const int together = static_cast<int>(__reduce_add_sync(0xffffffffu, size));
             if (base_ + together <= place_) {
                 base_ += together;
                 continue;
             }
+#pragma unroll 1
             for (sequence_ = first;; ++sequence_) {
-                const i64 next = __shfl_sync(0xffffffffu, size, sequence_ - first);
+                const int next = __shfl_sync(0xffffffffu, size, sequence_ - first);
                 if (base_ + next > place_) break;
                 base_ += next;
             }
@@ -61,24 +86,29 @@ class Ranges {
 
     // The next group's part of the range; false at its end. All threads of a warp call it together.
     __device__ __forceinline__ bool next(Work& work) {
+#pragma unroll 1
         while (place_ < end_) {
-            Shape shape(params_, sequence_);
-            while (place_ >= base_ + shape.size()) {
-                base_ += shape.size();
-                shape = Shape(params_, ++sequence_);
+            const int entry = __shfl_sync(0xffffffffu, entry_, sequence_ & 31);
+            const Shape shape(*params_, sequence_, sequence_ < 32 ? entry : entry_of(sequence_));
+            const int size = size_of(shape);
+            if (place_ >= base_ + size) {
+                base_ += size;
+                ++sequence_;
+                continue;
             }
-            const int group = static_cast<int>(quotient(place_ - base_, shape.key_tiles));
-            const i64 group_place = base_ + i64(group) * shape.key_tiles;
-            work.first_chunk = shape.first_chunk_from(static_cast<int>(place_ - group_place));
-            work.end_chunk = shape.first_chunk_from(static_cast<int>(min(end_ - group_place, i64(shape.key_tiles))));
+            const int group = static_cast<int>(u32(place_ - base_) / u32(shape.key_tiles));
+            const int group_place = base_ + group * shape.key_tiles;
+            work.first_chunk = shape.first_chunk_from(place_ - group_place);
+            work.end_chunk = shape.first_chunk_from(min(end_ - group_place, shape.key_tiles));
             place_ = group_place + shape.key_tiles;
             if (work.first_chunk >= work.end_chunk) continue;
             work.sequence = shape.sequence;
-            work.key_head = group / shape.row_tiles;
-            work.first_row = group % shape.row_tiles * tile_rows;
+            work.key_head = static_cast<int>(u32(group) / u32(shape.row_tiles));
+            work.first_row = (group - work.key_head * shape.row_tiles) * tile_rows;
             work.chunks = shape.end_chunk;
+            work.tiles = Tiles(work, params_->forward.group, work.first_row + tile_rows);
             work.slot =
-                params_.partials.by_group ? sequence_ * shape.heads * shape.row_tiles + group : range_of(group_place);
+                params_->partials.by_group ? sequence_ * heads_ * shape.row_tiles + group : range_of(group_place);
             return true;
         }
         return false;
@@ -88,11 +118,10 @@ class Ranges {
     // The groups of a sequence, and each one's key tiles and chunks: those of all keys, or of the caller's chunks.
     struct Shape {
         KeySequence sequence;
-        int heads, row_tiles, first_tile, key_tiles, end_chunk;
+        int row_tiles, first_tile, key_tiles, end_chunk;
 
-        __device__ __forceinline__ Shape(const SplitParams& params, int index)
-            : sequence(params.forward, index),
-              heads(params.forward.query_heads / params.forward.group),
+        __device__ __forceinline__ Shape(const SplitParams& params, int index, int entry)
+            : sequence(params.forward, index, entry),
               first_tile(0),
               key_tiles(max(1, (sequence.key_length + config::key_tile - 1) / config::key_tile)),
               end_chunk(max(1, config::chunk_count(sequence.key_length))) {
@@ -100,29 +129,45 @@ class Ranges {
             row_tiles =
                 rows <= params.forward.sequences.few_rows ? static_cast<int>((rows + tile_rows - 1) / tile_rows) : 0;
             const Partials& partials = params.partials;
-            if (partials.out && !partials.groups) {
+            if (config::partial_results && partials.out && !partials.groups) {
                 first_tile = config::chunk_start(partials.first_chunk) / config::key_tile;
                 end_chunk = partials.end_chunk;
                 key_tiles = min(key_tiles, config::chunk_start(end_chunk) / config::key_tile) - first_tile;
             }
         }
-        __device__ __forceinline__ i64 size() const { return i64(heads) * row_tiles * key_tiles; }
         // The first chunk that starts at or behind a group's key tile `tile`.
         __device__ __forceinline__ int first_chunk_from(int tile) const {
             return tile >= key_tiles ? end_chunk : config::chunk_count((first_tile + tile) * config::key_tile);
         }
     };
 
-    __device__ __forceinline__ i64 range_start(unsigned range) const { return quotient(range * total_, gridDim.x); }
-    // The range that a place is in: the last one that starts at or before it.
-    __device__ __forceinline__ int range_of(i64 place) const {
-        return static_cast<int>(((place + 1) * gridDim.x - 1) / total_);
+    // Key tiles of all groups of a sequence.
+    __device__ __forceinline__ int size_of(const Shape& shape) const {
+        return heads_ * shape.row_tiles * shape.key_tiles;
+    }
+    // A sequence's entry of key_lengths, if there is any.
+    __device__ __forceinline__ int entry_of(int sequence) const {
+        const int* const entries = params_->forward.sequences.key_lengths;
+        return rehearses_ || !entries ? params_->forward.key_length : ptx::load_global_s32(entries + sequence);
     }
 
-    const SplitParams& params_;
-    i64 total_, place_, end_;
+    __device__ __forceinline__ int range_start(u32 range) const {
+        return static_cast<int>(range * least_ + min(range, longer_));
+    }
+    // The range that a place is in.
+    __device__ __forceinline__ int range_of(u32 place) const {
+        const u32 first = longer_ * (least_ + 1);  // behind the longer ranges
+        return static_cast<int>(place < first ? place / (least_ + 1) : longer_ + (place - first) / least_);
+    }
+
+    const SplitParams* params_;
+    int heads_;  // that keys have
+    bool rehearses_;
+    int entry_;           // of sequence number `lane`
+    u32 least_, longer_;  // key tiles of a range; ranges that have one more
+    int place_, end_;
     int sequence_ = 0;
-    i64 base_ = 0;  // the place of the sequence's first key tile
+    int base_ = 0;  // the place of the sequence's first key tile
 };
 
 }  // namespace cuattn

@@ -49,11 +49,21 @@ __device__ __forceinline__ void store_shared_u32(u32 to, u32 x) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(x) : "memory");
 }
 
+__device__ __forceinline__ void store_shared_f32(u32 to, float x) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(x) : "memory");
+}
+
 // Memory that nobody writes to while the kernel runs. Volatile: the compiler takes other asm for free of effects, and
 // moves it out of the condition that says whether there is such memory.
 __device__ __forceinline__ int load_global_s32(const int* from) {
     int x;
     asm volatile("ld.global.nc.s32 %0, [%1];" : "=r"(x) : "l"(from));
+    return x;
+}
+
+__device__ __forceinline__ u32 load_global_u32(const void* from) {
+    u32 x;
+    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(x) : "l"(from));
     return x;
 }
 

@@ -86,6 +86,13 @@ inline unsigned __reduce_add_sync(unsigned mask, unsigned x) {
     }
     return x;
 }
+inline int __reduce_max_sync(unsigned mask, int x) {
+    for (int step = 1; step < 32; step *= 2) {
+        const int other = emulator::shuffle("__reduce_max_sync", mask, x, emulator::lane_number() ^ step);
+        x = x > other ? x : other;
+    }
+    return x;
+}
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
     struct Vote {
         bool in;

@@ -20,6 +20,7 @@ namespace emulator {
 inline const Region& global_region(const char* what, const void* pointer, int bytes) {
     const auto address = reinterpret_cast<unsigned long long>(pointer);
     if (address % bytes != 0) fail_access(what, address, bytes, "misaligned");
+    if (block->overlaps && !current().waited) fail_access(what, address, bytes, "before the wait for earlier launches");
     const Region* region = block->global.find(pointer, bytes);
     if (!region) {
         std::string offsets;

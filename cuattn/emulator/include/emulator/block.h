@@ -30,6 +30,7 @@ struct Thread {
     bool finished = false;
     const uint64_t* waiting_for = nullptr;  // counter of generations or phases that this thread waits for
     uint64_t generation = 0;
+    bool waited = false;       // for the launches before this one
     bool wgmma_fence = false;  // since the last wait for products
     std::vector<Copy> open_group;
     std::vector<std::vector<Copy>> groups;  // committed, oldest first
@@ -42,6 +43,7 @@ struct Block {
     Schedule schedule;
     uint64_t random_state;
     int threads;
+    bool overlaps;          // may have started before earlier launches ended
     uint32_t first_number;  // of the launch's first block among those of all launches
     int index = 0, alive = 0, running = 0;
     uint64_t progress = 0;

@@ -28,7 +28,7 @@ struct Launch {
     int64_t grid;
     uint64_t seed;
     int64_t first_block;  // number of the first block among those of all launches, from 1
-    int32_t threads, shared_bytes, region_count, schedule, tensor_core_terms, tensor_core_fraction_bits;
+    int32_t threads, shared_bytes, overlaps, region_count, schedule, tensor_core_terms, tensor_core_fraction_bits;
 };
 
 inline void thread_entry() {
@@ -120,10 +120,14 @@ class DefaultFloatingPoint {
 
 inline void run_grid(const Launch& launch, const std::function<void()>& body, std::string& error) {
     const DefaultFloatingPoint floating_point;
-    Block state{
-        {launch.regions, launch.region_count},    SharedMemory(launch.shared_bytes, launch.threads), body,
-        static_cast<Schedule>(launch.schedule),   launch.seed * 2654435761u + 88172645463325252u,    launch.threads,
-        static_cast<uint32_t>(launch.first_block)};
+    Block state{{launch.regions, launch.region_count},
+                SharedMemory(launch.shared_bytes, launch.threads),
+                body,
+                static_cast<Schedule>(launch.schedule),
+                launch.seed * 2654435761u + 88172645463325252u,
+                launch.threads,
+                launch.overlaps != 0,
+                static_cast<uint32_t>(launch.first_block)};
     block = &state;
     tensor_core = {launch.tensor_core_terms, launch.tensor_core_fraction_bits};
     exp2_table = launch.exp2_table;

@@ -54,6 +54,16 @@ inline u32 load_shared_u32(u32 from) {
 }
 inline void store_shared_u32(u32 to, u32 x) { emulator::store_shared(to, &x, 4); }
 
+inline void store_shared_f32(u32 to, float x) {
+    emulator::settled(x);
+    emulator::store_shared(to, &x, 4);
+}
+
+inline u32 load_global_u32(const void* from) {
+    u32 x;
+    emulator::load_global(&x, from, 4);
+    return x;
+}
 inline int load_global_s32(const int* from) {
     int x;
     emulator::load_global(&x, from, 4);
