@@ -22,6 +22,8 @@ from cuattn.problem import Problem
 from cuattn.tensor_map import TensorMap, can_map
 from cuattn.turns import block_count
 
+#: Blocks of a cluster, on every device that has clusters.
+LARGEST_CLUSTER = 8
 #: Fields of SplitGroup in kernels_cu/attn/params.cuh.
 GROUP_FIELDS = 7
 
@@ -136,7 +138,7 @@ class Attend:
         partials: PartialParams,
         scratch: dict[str, Tensor],
         allocate: Allocate,
-        pieces: int = 1,
+        pieces: int,
         items: int = 0,
     ) -> Launch:
         """The copy engine reads keys and values through maps of them where they lie in one piece; where they do not, or
@@ -198,14 +200,22 @@ class Attend:
         even = problem.sequences is None and not self.tables  # every group has as many key tiles
         by_group = not self.packed and groups < blocks
         slots = groups if by_group else blocks
+        # of one sequence, or of equal ones, a cluster of blocks has a group's chunks, and merges them itself
+        pieces, rest = divmod(blocks, groups)
+        clustered = isinstance(config, DecodeConfig) and rest == 0 and pieces <= LARGEST_CLUSTER
+        clustered = clustered and (even or problem.batch == 1)
         scratch: dict[str, Tensor] = {}
-        if chunks > 1 and not (even and groups % blocks == 0):
+        if clustered and pieces > 1:
+            scratch = partial_tensors(groups * chunks, rows, problem.value_dim, allocate)
+        elif not clustered and chunks > 1 and not (even and groups % blocks == 0):
             scratch = _workspace(slots, chunks, rows, problem.value_dim, allocate)
         partials = partial_params(scratch, chunks, rows, by_group=by_group)
-        if not isinstance(config, ColumnsConfig):
-            forward = self._launch_sm90(config, blocks, partials, scratch, allocate)
-        else:
+        if isinstance(config, ColumnsConfig):
             forward = self._launch(config, blocks, SplitParams(self.params, partials), config.row_tile, scratch)
+        else:
+            forward = self._launch_sm90(config, blocks, partials, scratch, allocate, pieces if clustered else 0)
+        if clustered:
+            return [replace(forward, cluster=pieces)]
         return [forward, *self._combine(slots, partials, scratch)]
 
     def partials(self, partials: dict[str, Tensor], first_chunk: int) -> Launch:

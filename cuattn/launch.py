@@ -17,8 +17,8 @@ __all__ = ["device_architecture", "device_count", "launch_kernel", "loaded", "pr
 Words: TypeAlias = "array.array[int]"
 
 _load_lock = threading.Lock()
-#: A CUlaunchAttributeID of cuda.h.
-_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+#: Of CUlaunchAttributeID in cuda.h.
+_CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6
 
 
 class Kernel:
@@ -31,28 +31,29 @@ class Kernel:
         self._launch = _driver().launchKernel
         self._launch_early = _launch_ex() if config.overlaps else None
 
-    def launch(self, grid: int, words: Words, stream: int) -> None:
+    def launch(self, grid: int, words: Words, stream: int, cluster: int = 1) -> None:
         """Launches at least one block on a raw stream of the kernel's device, the thread's current one.
 
-        ``words`` are those of `words_of`, of which this call writes the first.
+        ``words`` are those of `words_of`, of which this call writes the first. ``cluster`` blocks run together.
         """
         address = words.buffer_info()[0]
         words[0] = address + words.itemsize
         if self._launch_early is None:
             self._launch(self._handle, grid, 1, 1, self._threads, 1, 1, self._shared_bytes, stream, address, 0)
             return
-        shape = _early(grid, self._threads, self._shared_bytes, stream)
+        shape = _early(grid, self._threads, self._shared_bytes, stream, cluster)
         code = self._launch_early(shape.buffer_info()[0], self._handle, address, 0)
         if code:
-            raise RuntimeError(
-                f"cuLaunchKernelEx failed with CUDA error {code}: {grid} blocks of {self._threads} threads"
-            )
+            raise RuntimeError(f"cuLaunchKernelEx failed with CUDA error {code}: {grid} blocks, {self._threads} threads")
 
 
-def _early(grid: int, threads: int, shared_bytes: int, stream: int) -> Words:
-    """A CUlaunchConfig of cuda.h, and behind it its one attribute: that the launch may start before earlier ones end."""
-    words = array.array("Q", (grid | 1 << 32, 1 | threads << 32, 1 | 1 << 32, shared_bytes, stream, 0, 1))
+def _early(grid: int, threads: int, shared_bytes: int, stream: int, cluster: int) -> Words:
+    """A CUlaunchConfig of cuda.h, and behind it its attributes: that it may start before earlier launches have ended, and
+    the blocks of a cluster."""
+    words = array.array("Q", (grid | 1 << 32, 1 | threads << 32, 1 | 1 << 32, shared_bytes, stream, 0, 1 + (cluster > 1)))
     words.extend((_PROGRAMMATIC_STREAM_SERIALIZATION, 1, 0, 0, 0, 0, 0, 0, 0))
+    if cluster > 1:
+        words.extend((_CLUSTER_DIMENSION, cluster | 1 << 32, 1, 0, 0, 0, 0, 0, 0))
     words[5] = words.buffer_info()[0] + 7 * words.itemsize
     return words
 
@@ -93,7 +94,7 @@ def launch_kernel(launch: Launch, device_index: int, stream: int) -> None:
         return  # an error to the driver
     with import_cupy().cuda.Device(device_index):
         kernel = loaded(launch.config, device_index)
-        kernel.launch(launch.grid, words_of(argument(launch.params, launch.tensor_maps, encode)), stream)
+        kernel.launch(launch.grid, words_of(argument(launch.params, launch.tensor_maps, encode)), stream, launch.cluster)
 
 
 def loaded(config: KernelConfig, device_index: int) -> Kernel:

@@ -31,6 +31,7 @@ class Launch:
     inputs are read; outputs are written, by all launches of a call together completely and each element once; updates
     are caches, read and written in part; scratch is written and read by launches of this call. tensor_maps describe
     some of these tensors: they go to the fields of ``params`` of the same names, in the form that the device knows.
+    cluster: blocks that run together; more than one only of a kernel that overlaps.
     """
 
     config: KernelConfig
@@ -41,6 +42,7 @@ class Launch:
     updates: dict[str, Tensor] = field(default_factory=dict)
     scratch: dict[str, Tensor] = field(default_factory=dict)
     tensor_maps: dict[str, TensorMap] = field(default_factory=dict)
+    cluster: int = 1
 
     @property
     def threads(self) -> int:

@@ -162,6 +162,7 @@ class _Prepared(NamedTuple):
 
     kernel: Kernel
     grid: int
+    cluster: int
     words: Words
     pointers: tuple[tuple[int, int], ...]
     maps: tuple[tuple[slice, int, Callable[[int], Words]], ...]
@@ -181,7 +182,7 @@ class _Prepared(NamedTuple):
         words = words_of(bytes(launch.params))
         for place, _ in pointers:
             words[place] = 0
-        return cls(kernel, launch.grid, words, pointers, maps)
+        return cls(kernel, launch.grid, launch.cluster, words, pointers, maps)
 
 
 @functools.lru_cache(LARGEST_MEMORY)
@@ -276,13 +277,13 @@ class _Call:
             start = workspace.data_ptr()
             pointers += [start + offset for offset in self.offsets]
         stream = _stream(torch, device.index)
-        for kernel, grid, blank, places, maps in self.launches:
+        for kernel, grid, cluster, blank, places, maps in self.launches:
             words = blank[:]  # its own: another thread may make the same call
             for place, number in places:
                 words[place] = pointers[number]
             for part, number, words_at in maps:
                 words[part] = words_at(pointers[number])
-            kernel.launch(grid, words, stream)
+            kernel.launch(grid, words, stream, cluster)
         for u in self.updates:
             if not arrays[u].is_inference():
                 torch.autograd.graph.increment_version(arrays[u])

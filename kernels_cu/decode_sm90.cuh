@@ -4,7 +4,8 @@
 //
 // A block computes block_rows packed rows of one key head for the chunks that start in its range of the batch's key tiles
 // (attn/work.cuh), and then others. Warp 0 fills the ring with tiles of keys and values. Some warps make a tile's weights
-// (attn/decode_weights.cuh) while others use those of the tile before (attn/decode_outputs.cuh). What a row computes, and in
+// (attn/decode_weights.cuh) while others use those of the tile before (attn/decode_outputs.cuh). Or a cluster of blocks shares
+// the chunks of a group, and merges them. What a row computes, and in
 // which order, depends on absolute key positions alone (docs/numerics.md), and is what the other kernels compute.
 #pragma once
 
@@ -12,15 +13,39 @@
 #include <attn/decode_block.cuh>
 #include <attn/decode_outputs.cuh>
 #include <attn/decode_weights.cuh>
+#include <attn/merge.cuh>
 #include <attn/params.cuh>
 #include <attn/producers.cuh>
 #include <attn/ring.cuh>
+#include <attn/rows.cuh>
 #include <attn/work.cuh>
 #include <common/types.cuh>
+#include <ptx/cluster.cuh>
 #include <ptx/grid.cuh>
 #include <ptx/memory.cuh>
 
 namespace cuattn {
+
+// The fold over the chunks of a group whose pieces the blocks of a cluster have, a row for each of their warps. For all threads.
+__device__ __forceinline__ void merge_pieces(const ForwardSm90Params& params, const Work& work, int lane) {
+    const ForwardParams& forward = params.call.forward;
+    const Partials& partials = params.call.partials;
+    const KeySequence& sequence = work.sequence;
+    __syncwarp();
+    ptx::meet_cluster();
+    const int row = ptx::cluster_rank() + params.pieces * (threadIdx.x / 32);
+    if (row >= sequence.query_length * forward.group || work.folded == work.chunks) return;
+    const i64 index = partial_index(params.call, work, 0, row);
+    const PackedRow packed(forward, work.key_head, row);
+#pragma unroll 1
+    for (int column = 4 * lane; column < value_dim; column += 128) {
+        auto merged = Merged<value_dim>::load(partials, index, column);
+        merged.add_chunks(partials, index, work.folded, work.chunks, partials.rows, column);
+        merged.template store<false, config::bfloat16>(
+            forward, packed.offset(forward.out_strides, sequence.query_batch, sequence.query_start),
+            packed.index(forward, sequence.query_batch, sequence.query_start), column);
+    }
+}
 
 extern "C" __global__ void __launch_bounds__(threads, 1) decode_sm90(const __grid_constant__ ForwardSm90Params params) {
     SharedMemory& shared = *static_cast<SharedMemory*>(ptx::dynamic_shared());
@@ -52,6 +77,7 @@ extern "C" __global__ void __launch_bounds__(threads, 1) decode_sm90(const __gri
         Outputs outputs(params, ring, shared, warp - first_value_warp, lane);
         for_each_work<block_rows>(params, lane, start, [&](const Work& work) { outputs.attend(work); });
     }
+    if (params.pieces > 1) merge_pieces(params, start.work, lane);
 }
 
 }  // namespace cuattn

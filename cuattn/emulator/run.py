@@ -43,6 +43,7 @@ class _Launch(ctypes.Structure):
         ("seed", ctypes.c_uint64),
         ("first_block", ctypes.c_int64),
         ("threads", ctypes.c_int32),
+        ("cluster", ctypes.c_int32),
         ("shared_bytes", ctypes.c_int32),
         ("overlaps", ctypes.c_int32),
         ("region_count", ctypes.c_int32),
@@ -63,7 +64,7 @@ def run(
     Its tensors are all the memory that a launch may touch: inputs are only read; every element of an output is written
     once by all launches together; an update, such as a cache, is written anywhere, but no byte twice in one launch; of
     scratch memory only what has been written is read. No block reads what another block of its launch has written to
-    an update or to scratch memory. A tensor has the same name in every launch that writes to it. Raises EmulatorError
+    an update or to scratch memory, unless both are of a cluster that has met in between. A tensor has the same name in every launch that writes to it. Raises EmulatorError
     where a kernel errs. Python threads may call this at the same time.
     """
     writers = _Writers()
@@ -117,6 +118,7 @@ def _run(launch: Launch, library: ctypes.CDLL, writers: _Writers, first_block: i
         seed=seed,
         first_block=first_block,
         threads=launch.threads,
+        cluster=launch.cluster,
         shared_bytes=launch.shared_bytes,
         overlaps=launch.config.overlaps,
         region_count=len(regions),

@@ -20,7 +20,7 @@ def kernel_source(config: KernelConfig) -> str:
     }
     pieces = [(first, length, contract.chunk_count(first)) for first, length in contract.CHUNK_TABLE]
     length_of = [(f"start >= {first}", str(length)) for first, length, _ in reversed(pieces)]
-    # lengths grow along the table, so that of the pieces' lines the highest one counts, and for the inverse the lowest one
+    # lengths grow along the table: of the lines of all pieces the highest one counts, for the inverse the lowest one
     starts = [f"{first} + (chunk - {before}) * {length}" for first, length, before in pieces]
     counts = [
         f"{before} + (keys - {first} + {length - 1} >> {length.bit_length() - 1})" for first, length, before in pieces

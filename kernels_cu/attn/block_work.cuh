@@ -72,8 +72,12 @@ struct Start<tile_rows, true> {
 #pragma unroll 1
         for (int rehearses = !config::packed; rehearses >= 0; --rehearses) {
             if (!rehearses) ptx::wait_for_earlier_launches();
-            ranges = Ranges<tile_rows>(params.call, lane, rehearses);
-            any = ranges.next(work);
+            if (!config::packed && params.pieces > 0) {
+                any = find_piece<tile_rows>(params.call, params.pieces, rehearses, work);
+            } else {
+                ranges = Ranges<tile_rows>(params.call, lane, rehearses);
+                any = ranges.next(work);
+            }
         }
     }
 };

@@ -73,9 +73,9 @@ struct ForwardSm90Params {
     SplitParams call;
     float* merged;  // (blocks, warps, ...): workspace for finished chunks that do not fit into shared memory, or null
     int mapped;     // 0: keys and values can only be copied row by row
-    // where the kernel is for many rows:
-    int pieces;  // that the chunks of a tile of rows are cut into
-    int items;   // pieces of all tiles, which the blocks share
+    // that the chunks of a tile of rows are cut into; of few rows, where they are pieces: as many as a cluster has blocks, else 0
+    int pieces;
+    int items;  // of many rows: pieces of all tiles, which the blocks share
 };
 
 struct CombineParams {

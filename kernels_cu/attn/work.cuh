@@ -31,6 +31,7 @@ struct Work {
     int slot;     // of the workspace
     u32 turn;     // of many rows: in which the block has it (block_work.cuh)
     Tiles tiles;  // of few rows: of the group's rows
+    int folded;   // of a piece: the group's chunks that its first piece has
 };
 
 __device__ __forceinline__ Tiles::Tiles(const Work& work, int group, int end_row)
@@ -43,21 +44,84 @@ __device__ __forceinline__ int Tiles::seen(const Work& work, int group, int end_
     return (work.sequence.visible_keys(last / group) + config::key_tile - 1) / config::key_tile;
 }
 
+// A sequence's entry of key_lengths, if there is any. `rehearses`: it is not read, and the sequence as long as it can be.
+__device__ __forceinline__ int length_entry(const ForwardParams& params, int sequence, bool rehearses) {
+    const int* const entries = params.sequences.key_lengths;
+    return rehearses || !entries ? params.key_length : ptx::load_global_s32(entries + sequence);
+}
+
+// The groups of a sequence, and each one's key tiles and chunks: those of all keys, or of the caller's chunks.
+template <int tile_rows>
+struct Shape {
+    KeySequence sequence;
+    int row_tiles, first_tile, key_tiles, end_chunk;
+
+    __device__ __forceinline__ Shape(const SplitParams& params, int index, int entry)
+        : sequence(params.forward, index, entry),
+          first_tile(0),
+          key_tiles(max(1, (sequence.key_length + config::key_tile - 1) / config::key_tile)),
+          end_chunk(max(1, config::chunk_count(sequence.key_length))) {
+        const i64 rows = i64(sequence.query_length) * params.forward.group;
+        row_tiles =
+            rows <= params.forward.sequences.few_rows ? static_cast<int>((rows + tile_rows - 1) / tile_rows) : 0;
+        const Partials& partials = params.partials;
+        if (config::partial_results && partials.out && !partials.groups) {
+            first_tile = config::chunk_start(partials.first_chunk) / config::key_tile;
+            end_chunk = partials.end_chunk;
+            key_tiles = min(key_tiles, config::chunk_start(end_chunk) / config::key_tile) - first_tile;
+        }
+    }
+    // The first chunk that starts at or behind a group's key tile `tile`.
+    __device__ __forceinline__ int first_chunk_from(int tile) const {
+        return tile >= key_tiles ? end_chunk : config::chunk_count((first_tile + tile) * config::key_tile);
+    }
+
+    // Its chunks that start in the key tiles [first, end) of group `group`, which is tile `row_tile` of head `key_head`; false if
+    // there are none.
+    __device__ __forceinline__ bool set(Work& work, int first, int end, int key_head, int row_tile,
+                                        int token_rows) const {
+        work.first_chunk = first_chunk_from(first);
+        work.end_chunk = first_chunk_from(end);
+        work.sequence = sequence;
+        work.key_head = key_head;
+        work.first_row = row_tile * tile_rows;
+        work.chunks = end_chunk;
+        if (work.first_chunk >= work.end_chunk) return false;
+        work.tiles = Tiles(work, token_rows, work.first_row + tile_rows);
+        return true;
+    }
+};
+
+// Where `pieces` blocks, one behind the other, share the chunks of a group, and sequences have one tile of rows: this block's
+// piece, which has the chunks that start in an equal part of the key tiles; false if there are none.
+template <int tile_rows>
+__device__ __forceinline__ bool find_piece(const SplitParams& params, int pieces, bool rehearses, Work& work) {
+    const ForwardParams& forward = params.forward;
+    const u32 group = blockIdx.x / u32(pieces), piece = blockIdx.x - group * pieces;
+    const u32 heads = forward.query_heads / forward.group, sequence = group / heads;
+    const Shape<tile_rows> shape(params, sequence, length_entry(forward, sequence, rehearses));
+    const auto start = [&](int number) { return static_cast<int>(u32(shape.key_tiles) * number / u32(pieces)); };
+    work.slot = static_cast<int>(group);
+    work.folded = shape.first_chunk_from(start(1));
+    return shape.set(work, start(piece), start(piece + 1), group - sequence * heads, 0, forward.group);
+}
+
 // The key tiles of all groups in the order (sequence, key head, row tile, key tile), fewer than 2^31, cut into as many equal
 // ranges as there are blocks; the first ones may have one more. A range has the chunks that start in it: which ones is all that
 // depends on the batch. `rehearses`: lengths are not read, and sequences are as long as they can be.
 template <int tile_rows>
 class Ranges {
   public:
-    __device__ __forceinline__ Ranges() {}
+    // No range.
+    __device__ __forceinline__ Ranges() : place_(0), end_(0) {}
     __device__ __forceinline__ Ranges(const SplitParams& params, int lane, bool rehearses = false)
         : params_(&params), heads_(params.forward.query_heads / params.forward.group), rehearses_(rehearses) {
         const int count = params.forward.sequences.count;
         entry_ = lane < count ? entry_of(lane) : 0;
-        const int own = lane < count ? size_of(Shape(params, lane, entry_)) : 0;
+        const int own = lane < count ? size_of(Groups(params, lane, entry_)) : 0;
         int sum = own;
 #pragma unroll 1
-        for (int s = lane + 32; s < count; s += 32) sum += size_of(Shape(params, s, entry_of(s)));
+        for (int s = lane + 32; s < count; s += 32) sum += size_of(Groups(params, s, entry_of(s)));
         const u32 total = __reduce_add_sync(0xffffffffu, sum);
         least_ = total / gridDim.x;
         longer_ = total % gridDim.x;
@@ -67,7 +131,7 @@ class Ranges {
 #pragma unroll 1
         for (int first = 0; place_ < end_ && first < count; first += 32) {
             const int s = first + lane, size = first == 0  ? own
-                                               : s < count ? size_of(Shape(params, s, entry_of(s)))
+                                               : s < count ? size_of(Groups(params, s, entry_of(s)))
                                                            : 0;
             const int together = static_cast<int>(__reduce_add_sync(0xffffffffu, size));
             if (base_ + together <= place_) {
@@ -89,7 +153,7 @@ class Ranges {
 #pragma unroll 1
         while (place_ < end_) {
             const int entry = __shfl_sync(0xffffffffu, entry_, sequence_ & 31);
-            const Shape shape(*params_, sequence_, sequence_ < 32 ? entry : entry_of(sequence_));
+            const Groups shape(*params_, sequence_, sequence_ < 32 ? entry : entry_of(sequence_));
             const int size = size_of(shape);
             if (place_ >= base_ + size) {
                 base_ += size;
@@ -97,16 +161,13 @@ class Ranges {
                 continue;
             }
             const int group = static_cast<int>(u32(place_ - base_) / u32(shape.key_tiles));
-            const int group_place = base_ + group * shape.key_tiles;
-            work.first_chunk = shape.first_chunk_from(place_ - group_place);
-            work.end_chunk = shape.first_chunk_from(min(end_ - group_place, shape.key_tiles));
+            const int group_place = base_ + group * shape.key_tiles, first = place_ - group_place;
+            const int key_head = static_cast<int>(u32(group) / u32(shape.row_tiles));
             place_ = group_place + shape.key_tiles;
-            if (work.first_chunk >= work.end_chunk) continue;
-            work.sequence = shape.sequence;
-            work.key_head = static_cast<int>(u32(group) / u32(shape.row_tiles));
-            work.first_row = (group - work.key_head * shape.row_tiles) * tile_rows;
-            work.chunks = shape.end_chunk;
-            work.tiles = Tiles(work, params_->forward.group, work.first_row + tile_rows);
+            if (!shape.set(work, first, min(end_ - group_place, shape.key_tiles), key_head,
+                           group - key_head * shape.row_tiles, params_->forward.group)) {
+                continue;
+            }
             work.slot =
                 params_->partials.by_group ? sequence_ * heads_ * shape.row_tiles + group : range_of(group_place);
             return true;
@@ -115,40 +176,14 @@ class Ranges {
     }
 
   private:
-    // The groups of a sequence, and each one's key tiles and chunks: those of all keys, or of the caller's chunks.
-    struct Shape {
-        KeySequence sequence;
-        int row_tiles, first_tile, key_tiles, end_chunk;
-
-        __device__ __forceinline__ Shape(const SplitParams& params, int index, int entry)
-            : sequence(params.forward, index, entry),
-              first_tile(0),
-              key_tiles(max(1, (sequence.key_length + config::key_tile - 1) / config::key_tile)),
-              end_chunk(max(1, config::chunk_count(sequence.key_length))) {
-            const i64 rows = i64(sequence.query_length) * params.forward.group;
-            row_tiles =
-                rows <= params.forward.sequences.few_rows ? static_cast<int>((rows + tile_rows - 1) / tile_rows) : 0;
-            const Partials& partials = params.partials;
-            if (config::partial_results && partials.out && !partials.groups) {
-                first_tile = config::chunk_start(partials.first_chunk) / config::key_tile;
-                end_chunk = partials.end_chunk;
-                key_tiles = min(key_tiles, config::chunk_start(end_chunk) / config::key_tile) - first_tile;
-            }
-        }
-        // The first chunk that starts at or behind a group's key tile `tile`.
-        __device__ __forceinline__ int first_chunk_from(int tile) const {
-            return tile >= key_tiles ? end_chunk : config::chunk_count((first_tile + tile) * config::key_tile);
-        }
-    };
+    using Groups = Shape<tile_rows>;
 
     // Key tiles of all groups of a sequence.
-    __device__ __forceinline__ int size_of(const Shape& shape) const {
+    __device__ __forceinline__ int size_of(const Groups& shape) const {
         return heads_ * shape.row_tiles * shape.key_tiles;
     }
-    // A sequence's entry of key_lengths, if there is any.
     __device__ __forceinline__ int entry_of(int sequence) const {
-        const int* const entries = params_->forward.sequences.key_lengths;
-        return rehearses_ || !entries ? params_->forward.key_length : ptx::load_global_s32(entries + sequence);
+        return length_entry(params_->forward, sequence, rehearses_);
     }
 
     __device__ __forceinline__ int range_start(u32 range) const {

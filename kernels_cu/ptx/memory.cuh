@@ -67,7 +67,7 @@ __device__ __forceinline__ u32 load_global_u32(const void* from) {
     return x;
 }
 
-// Memory that this kernel writes to.
+// Memory that this kernel writes to, or that one before it has not finished to write when it starts.
 __device__ __forceinline__ int load_written_s32(const int* from) {
     int x;
     asm volatile("ld.global.s32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");

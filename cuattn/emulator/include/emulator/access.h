@@ -38,11 +38,11 @@ inline const Region& global_region(const char* what, const void* pointer, int by
 enum class Access { read, write };
 
 // What is wrong with an access to a byte that block `writer` has written last; null for a good one. Blocks of one launch
-// run in no order, so what one of them writes is not for the others.
+// run in no order, so what one of them writes is not for the others, but for those of a cluster that has met.
 inline const char* global_error(Access access, Use use, uint32_t writer) {
     const bool this_launch = writer >= block->first_number;
-    const char* const elsewhere =
-        this_launch && writer != block->number() ? "has been written there by another block" : nullptr;
+    const bool told = writer == block->number() || (current().met_cluster && block->cluster->has(writer));
+    const char* const elsewhere = this_launch && !told ? "has been written there by another block" : nullptr;
     const bool once = (use == Use::output && writer != 0) || (use == Use::update && this_launch);
     if (access == Access::write) return once ? "has been written there before" : elsewhere;
     if (use == Use::scratch && writer == 0) return "has not been written there";

@@ -31,9 +31,20 @@ struct Thread {
     const uint64_t* waiting_for = nullptr;  // counter of generations or phases that this thread waits for
     uint64_t generation = 0;
     bool waited = false;       // for the launches before this one
+    bool met_cluster = false;  // has been in a meeting of it
     bool wgmma_fence = false;  // since the last wait for products
     std::vector<Copy> open_group;
     std::vector<std::vector<Copy>> groups;  // committed, oldest first
+};
+
+// The blocks that run together, and the meeting of all their threads.
+struct Cluster {
+    int blocks;
+    uint32_t first_number;  // of the first block
+    int arrived = 0;
+    uint64_t generation = 0;
+
+    bool has(uint32_t number) const { return number - first_number < static_cast<uint32_t>(blocks); }
 };
 
 struct Block {
@@ -45,7 +56,8 @@ struct Block {
     int threads;
     bool overlaps;          // may have started before earlier launches ended
     uint32_t first_number;  // of the launch's first block among those of all launches
-    int index = 0, alive = 0, running = 0;
+    Cluster* cluster = nullptr;
+    int index = 0, alive = 0, running = 0, arrived_in_cluster = 0;
     uint64_t progress = 0;
     Context scheduler;
     std::vector<Thread> thread;

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include <cuda_builtins.h>
+#include <emulator/cluster.h>
 #include <emulator/named_barrier.h>
 #include <emulator/tma.h>
 #include <emulator/wgmma.h>
@@ -28,7 +29,8 @@ struct Launch {
     int64_t grid;
     uint64_t seed;
     int64_t first_block;  // number of the first block among those of all launches, from 1
-    int32_t threads, shared_bytes, overlaps, region_count, schedule, tensor_core_terms, tensor_core_fraction_bits;
+    int32_t threads, cluster, shared_bytes, overlaps, region_count, schedule, tensor_core_terms,
+        tensor_core_fraction_bits;
 };
 
 inline void thread_entry() {
@@ -75,7 +77,8 @@ inline std::string end_error() {
     return error.empty() ? error : "block " + std::to_string(block->index) + " ends: " + error;
 }
 
-// Turns of the block's fibers until all have returned. Random schedules also hold back whole warps for a while.
+// Turns of the block's fibers until all have returned or none can go on. Random schedules also hold back whole warps for a
+// while.
 inline void run_block() {
     std::vector<int> order(block->threads);
     std::iota(order.begin(), order.end(), 0);
@@ -99,10 +102,30 @@ inline void run_block() {
         if (!block->boxes.empty() && (block->progress == before || draws_early_end())) land_one();
         const bool anyone_held = std::count(held.begin(), held.end(), 1) > 0;
         std::fill(held.begin(), held.end(), 0);
-        if (block->progress == before && !anyone_held) {
-            block->error = "block " + std::to_string(block->index) + ": " + deadlock();
+        if (block->progress == before && !anyone_held) return;
+    }
+}
+
+// The blocks of a cluster in turn; returns what is wrong.
+inline std::string run_cluster(std::vector<std::unique_ptr<Block>>& blocks) {
+    for (bool progress = true; progress;) {
+        progress = false;
+        for (const auto& one : blocks) {
+            block = one.get();
+            blockIdx.x = static_cast<unsigned>(block->index);
+            const uint64_t before = block->progress;
+            run_block();
+            if (!block->error.empty()) return block->error;
+            progress = progress || (block->progress != before && block->alive > 0);
         }
     }
+    for (const auto& one : blocks) {
+        block = one.get();
+        const std::string error =
+            block->alive > 0 ? "block " + std::to_string(block->index) + ": " + deadlock() : end_error();
+        if (!error.empty()) return error;
+    }
+    return "";
 }
 
 // The environment that IEEE operations need: the caller's may flush subnormals or round otherwise.
@@ -120,41 +143,48 @@ class DefaultFloatingPoint {
 
 inline void run_grid(const Launch& launch, const std::function<void()>& body, std::string& error) {
     const DefaultFloatingPoint floating_point;
-    Block state{{launch.regions, launch.region_count},
-                SharedMemory(launch.shared_bytes, launch.threads),
-                body,
-                static_cast<Schedule>(launch.schedule),
-                launch.seed * 2654435761u + 88172645463325252u,
-                launch.threads,
-                launch.overlaps != 0,
-                static_cast<uint32_t>(launch.first_block)};
-    block = &state;
     tensor_core = {launch.tensor_core_terms, launch.tensor_core_fraction_bits};
     exp2_table = launch.exp2_table;
     blockDim.x = launch.threads;
     gridDim.x = static_cast<unsigned>(launch.grid);
-    const std::unique_ptr<char[]> stacks(new char[stack_bytes * launch.threads]);
-    for (int64_t i = 0; i < launch.grid && state.error.empty(); ++i) {
-        const int64_t index = state.schedule == Schedule::descending ? launch.grid - 1 - i : i;
-        state.index = static_cast<int>(index);
-        blockIdx.x = static_cast<unsigned>(index);
-        state.alive = state.threads;
-        state.warp.assign((state.threads + 31) / 32, Rendezvous(32));
-        state.all = Rendezvous(state.threads);
-        state.warpgroup = std::vector<Warpgroup>(state.threads / 128);
-        std::fill(std::begin(state.named), std::end(state.named), NamedBarrier{});
-        state.mbarriers.clear();
-        state.boxes.clear();
-        state.shared.reset();
-        state.thread.assign(state.threads, Thread{});
-        for (int i = 0; i < state.threads; ++i) {
-            state.thread[i].now.actor = i;
-            make_context(state.thread[i].context, stacks.get() + stack_bytes * i, thread_entry);
-        }
-        run_block();
-        if (state.error.empty()) state.error = end_error();
+    const bool descending = static_cast<Schedule>(launch.schedule) == Schedule::descending;
+    if (launch.grid % launch.cluster != 0) fail("a grid that is no multiple of its clusters");
+    std::vector<std::unique_ptr<Block>> blocks;
+    for (int i = 0; i < launch.cluster; ++i) {
+        blocks.emplace_back(new Block{{launch.regions, launch.region_count},
+                                      SharedMemory(launch.shared_bytes, launch.threads),
+                                      body,
+                                      static_cast<Schedule>(launch.schedule),
+                                      (launch.seed + i) * 2654435761u + 88172645463325252u,
+                                      launch.threads,
+                                      launch.overlaps != 0,
+                                      static_cast<uint32_t>(launch.first_block)});
     }
-    error = state.error;
+    const std::unique_ptr<char[]> stacks(new char[stack_bytes * launch.threads * launch.cluster]);
+    for (int64_t i = 0; i < launch.grid && error.empty(); i += launch.cluster) {
+        const int64_t first = descending ? launch.grid - launch.cluster - i : i;
+        Cluster cluster{launch.cluster, static_cast<uint32_t>(launch.first_block + first)};
+        for (int b = 0; b < launch.cluster; ++b) {
+            Block& state = *(block = blocks[b].get());
+            state.cluster = &cluster;
+            state.index = static_cast<int>(first + (descending ? launch.cluster - 1 - b : b));
+            state.alive = state.threads;
+            state.warp.assign((state.threads + 31) / 32, Rendezvous(32));
+            state.all = Rendezvous(state.threads);
+            state.warpgroup = std::vector<Warpgroup>(state.threads / 128);
+            std::fill(std::begin(state.named), std::end(state.named), NamedBarrier{});
+            state.mbarriers.clear();
+            state.boxes.clear();
+            state.shared.reset();
+            state.thread.assign(state.threads, Thread{});
+            for (int t = 0; t < state.threads; ++t) {
+                state.thread[t].now.actor = t;
+                make_context(state.thread[t].context, stacks.get() + stack_bytes * (b * state.threads + t),
+                             thread_entry);
+            }
+        }
+        error = run_cluster(blocks);
+    }
 }
 
 // 0, or 1 with a message in launch.error.
