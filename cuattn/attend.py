@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import math
 from dataclasses import replace
 
 from cuattn import config as configs
@@ -22,6 +23,8 @@ from cuattn.problem import Problem
 from cuattn.tensor_map import TensorMap, can_map
 from cuattn.turns import block_count
 
+#: Rows of a box that can lie anywhere in a tile: the swizzle repeats after so many.
+SMALLEST_BOX = 8
 #: Blocks of a cluster, on every device that has clusters.
 LARGEST_CLUSTER = 8
 #: Fields of SplitGroup in kernels_cu/attn/params.cuh.
@@ -85,11 +88,16 @@ class Attend:
         """Whether several blocks can share the chunks of many rows."""
         return isinstance(self.many_rows_config, ForwardSm90Config)
 
-    @functools.cached_property
-    def _mapped(self) -> dict[str, Tensor]:
-        """What the copy engine can read: keys and values that lie in one piece and can be described to it."""
-        tensors = {"key_map": self.problem.key, "value_map": self.problem.value}
-        return tensors if not self.problem.paged and all(map(can_map, tensors.values())) else {}
+    def _boxes(self, rows: int) -> dict[str, TensorMap]:
+        """What the copy engine needs to know of keys and values; nothing where it cannot fetch them.
+
+        It fetches boxes of ``rows`` keys, or of fewer that lie in one page.
+        """
+        problem, tensors = self.problem, {"key_map": self.problem.key, "value_map": self.problem.value}
+        rows = math.gcd(rows, problem.key.shape[2]) if problem.paged else rows
+        if rows < SMALLEST_BOX or not all(map(can_map, tensors.values())):
+            return {}
+        return {name: TensorMap.of(tensor, rows) for name, tensor in tensors.items()}
 
     def many_rows(self, allocate: Allocate, few_rows: int) -> list[Launch]:
         """A block for each tile of rows; sequences of at most ``few_rows`` rows are left to another launch."""
@@ -143,21 +151,24 @@ class Attend:
     ) -> Launch:
         """The copy engine reads keys and values through maps of them where they lie in one piece; where they do not, or
         there is no such map, threads read them."""
-        tensors = self._mapped
-        if isinstance(config, ForwardSm90Config) and (self.paged or not tensors):
-            config = replace(config, ragged=True, paged=True)
+        maps = self._boxes(config.key_tile)
+        if isinstance(config, ForwardSm90Config):
+            if self.problem.paged:
+                maps = {}
+            if self.paged or not maps:
+                config = replace(config, ragged=True, paged=True)
         finished = {}
         if config.merged_floats and contract.chunk_count(self.key_length) > 1:
             finished["merged"] = allocate((blocks, config.merged_floats), "float32")
         params = ForwardSm90Params(
             call=SplitParams(self.params, partials),
             merged=finished["merged"].pointer if finished else None,
-            mapped=bool(tensors),
+            mapped=bool(maps),
+            box_rows=maps["key_map"].rows if maps else 0,
             pieces=pieces,
             items=items,
         )
         launch = self._launch(config, blocks, params, config.row_tile, {**scratch, **finished})
-        maps = {name: TensorMap.of(tensor, config.key_tile) for name, tensor in tensors.items()}
         return replace(launch, tensor_maps=maps)
 
     def _combine(self, slots: int, partials: PartialParams, scratch: dict[str, Tensor]) -> list[Launch]:
@@ -175,7 +186,8 @@ class Attend:
         """
         problem = self.problem
         rows = LARGEST_GRID if self.packed else problem.query_length * problem.group
-        config = configs.few_rows(*self._shape, self.paged or not self._mapped, rows)
+        boxes = not self.tables and bool(self._boxes(contract.key_tile(max(problem.head_dim, problem.value_dim))))
+        config = configs.few_rows(*self._shape, self.paged, rows, boxes)
         tiles = self.tiles_of(config.row_tile, problem.group)
         groups = problem.batch * problem.key_heads * tiles
         chunks = max(1, contract.chunk_count(self.key_length))

@@ -44,13 +44,17 @@ class Kernel:
         shape = _early(grid, self._threads, self._shared_bytes, stream, cluster)
         code = self._launch_early(shape.buffer_info()[0], self._handle, address, 0)
         if code:
-            raise RuntimeError(f"cuLaunchKernelEx failed with CUDA error {code}: {grid} blocks, {self._threads} threads")
+            raise RuntimeError(
+                f"cuLaunchKernelEx failed with CUDA error {code}: {grid} blocks, {self._threads} threads"
+            )
 
 
 def _early(grid: int, threads: int, shared_bytes: int, stream: int, cluster: int) -> Words:
     """A CUlaunchConfig of cuda.h, and behind it its attributes: that it may start before earlier launches have ended, and
     the blocks of a cluster."""
-    words = array.array("Q", (grid | 1 << 32, 1 | threads << 32, 1 | 1 << 32, shared_bytes, stream, 0, 1 + (cluster > 1)))
+    words = array.array(
+        "Q", (grid | 1 << 32, 1 | threads << 32, 1 | 1 << 32, shared_bytes, stream, 0, 1 + (cluster > 1))
+    )
     words.extend((_PROGRAMMATIC_STREAM_SERIALIZATION, 1, 0, 0, 0, 0, 0, 0, 0))
     if cluster > 1:
         words.extend((_CLUSTER_DIMENSION, cluster | 1 << 32, 1, 0, 0, 0, 0, 0, 0))
@@ -94,7 +98,9 @@ def launch_kernel(launch: Launch, device_index: int, stream: int) -> None:
         return  # an error to the driver
     with import_cupy().cuda.Device(device_index):
         kernel = loaded(launch.config, device_index)
-        kernel.launch(launch.grid, words_of(argument(launch.params, launch.tensor_maps, encode)), stream, launch.cluster)
+        kernel.launch(
+            launch.grid, words_of(argument(launch.params, launch.tensor_maps, encode)), stream, launch.cluster
+        )
 
 
 def loaded(config: KernelConfig, device_index: int) -> Kernel:

@@ -111,6 +111,7 @@ class ForwardSm90Params(ctypes.Structure):
             ("call", SplitParams),
             ("merged", _POINTER),
             ("mapped", _INT),
+            ("box_rows", _INT),
             ("pieces", _INT),
             ("items", _INT),
         ]

@@ -26,6 +26,8 @@
 
 namespace cuattn {
 
+static_assert(sizeof(Start<block_rows>) * 32 <= config::start_bytes);
+
 // The fold over the chunks of a group whose pieces the blocks of a cluster have, a row for each of their warps. For all threads.
 __device__ __forceinline__ void merge_pieces(const ForwardSm90Params& params, const Work& work, int lane) {
     const ForwardParams& forward = params.call.forward;
@@ -56,11 +58,20 @@ extern "C" __global__ void __launch_bounds__(threads, 1) decode_sm90(const __gri
         KeyBoxes::prepare(params);
         init_barriers(shared, ring);
     }
-    const Start<block_rows> start(params, lane);
-    __syncthreads();
-    ptx::let_later_launches_start();
     // the same for all lanes of a warp, and the compiler must know
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+    // One warp finds out what comes first: so many instructions for all would take turns.
+    Start<block_rows> start;
+    const u32 found = ptx::shared_address(shared.start);
+    if (warp == 0) {
+        start.find(params, lane);
+        start.store(found, lane);
+    } else {
+        ptx::wait_for_earlier_launches();
+    }
+    __syncthreads();
+    ptx::let_later_launches_start();
+    if (warp > 0) start.load(found, lane);
     if (warp == 0) {
         RingPlace<ring_slots> place;
         u32 landed_parity = 0;

@@ -262,7 +262,7 @@ extern "C" __global__ void __launch_bounds__(threads, config::blocks_per_multipr
         const bool leader = threadIdx.x == 0 && params.partials.groups;
         bool told = false;  // about the one group that starts here and ends in a later block
         Ranges<tile_rows> ranges(params, lane);
-        while (ranges.next(work)) {
+        while (ranges.next(params, work)) {
             block.attend(work);
             const bool goes_on = work.first_chunk == 0 && work.end_chunk < work.chunks;
             if (leader && (goes_on || (params.partials.by_group && work.first_chunk == 0))) {

@@ -354,7 +354,8 @@ extern "C" __global__ void __launch_bounds__(threads, 1)
                            ptx::shared_address(shared.free), ptx::shared_address(&shared.landed)};
     if (threadIdx.x == 0 && params.mapped) KeyBoxes::prepare(params);
     if (threadIdx.x == 0) init_barriers(shared, ring);
-    const Start<block_rows> start(params, lane);
+    Start<block_rows> start;
+    start.find(params, lane);
     __syncthreads();
     ptx::let_later_launches_start();
     // the same for all lanes of a warp, and the compiler must know

@@ -4,6 +4,7 @@ the emulator finds what is wrong in a changed one.
 On sm_90 the portable kernels run, with the tensor cores of sm_90a.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,8 @@ from surface import ASKED, Surface, arranged, covering
 
 import cuattn
 from cuattn import dispatch, emulator, testing
-from cuattn.config import ForwardSm90Config
+from cuattn.attend import SMALLEST_BOX
+from cuattn.config import DecodeConfig, ForwardSm90Config
 from cuattn.launches import Launch
 from cuattn.schedule import FEW_ROWS
 from cuattn.testing import BitwiseMismatch, TorchLibrary, assert_bitwise_equal
@@ -53,8 +55,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     return seen
 
 
-def configs_of(launches: list[Launch]) -> list[ForwardSm90Config]:
-    return [one.config for one in launches if isinstance(one.config, ForwardSm90Config)]
+def configs_of(launches: list[Launch]) -> list[ForwardSm90Config | DecodeConfig]:
+    return [one.config for one in launches if isinstance(one.config, ForwardSm90Config | DecodeConfig)]
 
 
 def bits_on(backend: tuple[str, str | None], case: Surface) -> list[Any]:
@@ -74,9 +76,12 @@ def test_the_bits_of_the_portable_kernels(case: Surface, launched: list[Launch])
     expected = bits_on(SM_90, case)
     assert configs_of(launched) == []
     case.assert_same(bits_on(SM_90A, case), expected)
-    few = max(case.rows) * case.heads[0] // case.heads[1] <= FEW_ROWS
-    tables = case.way.startswith("mask") or (case.way.startswith(("cache", "append")) and case.page_size is not None)
-    portable = few and not case.way.startswith("packed") and (tables or max(case.dims) > 128)
+    rows = max(case.rows) * case.heads[0] // case.heads[1]
+    paged = case.way.startswith(("cache", "append")) and case.page_size is not None
+    boxes = not case.way.startswith("mask") and (not paged or math.gcd(case.page_size, 64) >= SMALLEST_BOX)
+    small = max(case.dims) <= 128
+    hopper = boxes and (rows <= (16 if small else 8) or (small and not paged))
+    portable = rows <= FEW_ROWS and not case.way.startswith("packed") and not hopper
     assert bool(configs_of(launched)) != portable, "the kernel for Hopper ran"
 
 
@@ -120,10 +125,10 @@ def test_every_head_dim(head_dim: int) -> None:
 
 @pytest.mark.parametrize(("heads", "batch"), [((4, 1), 1), ((8, 2), 3)])
 def test_few_rows(heads: tuple[int, int], batch: int, launched: list[Launch]) -> None:
-    """Decode: blocks have ranges of chunks that end anywhere."""
+    """Blocks have ranges of chunks that end anywhere; fewer rows go to another kernel (test_decode.py)."""
     for head_dim in (64, 128):
-        assert_same(*both_families(*arrays(batch, 1, 2700, heads=heads, dims=(head_dim, head_dim))))
-    assert [config.few for config in configs_of(launched)] == [True, True]
+        assert_same(*both_families(*arrays(batch, 5, 2700, heads=heads, dims=(head_dim, head_dim))))
+    assert [getattr(config, "few", False) for config in configs_of(launched)] == [True, True]
 
 
 @pytest.mark.parametrize("rows", [65, 300])
@@ -188,7 +193,6 @@ def test_the_sweep() -> None:
 
 
 KERNEL, COPIES, RING = "forward_sm90.cuh", "attn/key_copies.cuh", "attn/ring.cuh"
-PRODUCERS = "attn/producers.cuh"
 #: What the emulator says of accesses that nothing orders.
 UNORDERED = "race with a (read|write)|a copy to there has not been waited for|wgmma still reads|never written"
 
@@ -256,7 +260,7 @@ BUGS = {
         f"{UNORDERED}|more than 1 arrivals",
     ),
     "queries are hidden from the products": Bug(
-        PRODUCERS,
+        KERNEL,
         "        ptx::fence_async_proxy();\n        ptx::mbarrier_arrive(filled);",
         "        ptx::mbarrier_arrive(filled);",
         "asynchronous proxy",
@@ -269,7 +273,7 @@ BUGS = {
         Asked(holes=True),
     ),
     "the next queries come too early": Bug(
-        PRODUCERS, "        ptx::mbarrier_wait(free, parity ^ 1);\n", "", UNORDERED, MANY_TILES
+        KERNEL, "        ptx::mbarrier_wait(free, parity ^ 1);\n", "", UNORDERED, MANY_TILES
     ),
     "queries are given back too early": Bug(
         KERNEL,

@@ -13,18 +13,17 @@ from cuattn import jit
 from cuattn.config import HEAD_DIMS, MASKS, ForwardSm90Config
 from cuattn.config.hopper import LARGEST_OF_FEW_ROWS
 
-#: (ragged, paged, split, few), as calls ask for them; the last two where head dims are at most 128.
+#: (ragged, paged, split, few), as calls ask for them; the last one where head dims are at most 128.
 KINDS = (
     (False, False, False, False),
     *((True, paged, split, False) for paged in (False, True) for split in (False, True)),
     (True, False, True, True),
-    (True, True, True, True),
 )
 CONFIG = ForwardSm90Config(128, 128, "causal", "bfloat16", "sm_90a")
 
 
 def kinds(head_dim: int) -> tuple[tuple[bool, ...], ...]:
-    return KINDS if head_dim <= LARGEST_OF_FEW_ROWS else KINDS[:-2]
+    return KINDS if head_dim <= LARGEST_OF_FEW_ROWS else KINDS[:-1]
 
 
 def wrong_with(config: ForwardSm90Config) -> list[str]:

@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import replace
+from itertools import product
 
 from cuattn.config import forward, hopper
 from cuattn.config.backward import CompactConfig, KeysConfig, QueriesConfig, RowsConfig
@@ -72,19 +73,19 @@ def many_rows(
 
 @functools.cache
 def few_rows(
-    head_dim: int, value_dim: int, mask: str, dtype: str, arch: str, paged: bool, rows: int
+    head_dim: int, value_dim: int, mask: str, dtype: str, arch: str, paged: bool, rows: int = 1, boxes: bool = True
 ) -> DecodeConfig | ForwardSm90Config | ColumnsConfig:
     """The kernel for decode, of up to so many ``rows`` of a sequence and key head.
 
-    For keys that are looked up in tables the portable one is faster on Hopper, too.
+    ``boxes``: the copy engine can fetch keys and values. Where it cannot, the portable kernel is faster on Hopper, too.
     """
     shape = (head_dim, value_dim, mask, dtype, arch)
-    if arch == hopper.ARCH and dtype in hopper.DTYPES and not paged:
+    if arch == hopper.ARCH and dtype in hopper.DTYPES and boxes:
         small = max(head_dim, value_dim) <= hopper.LARGEST_OF_FEW_ROWS
         row_blocks = max(1, -(-rows // hopper.ROW_BLOCK))
         if row_blocks <= 1 + small:
-            return DecodeConfig(*shape, row_blocks)
-        if small:
+            return DecodeConfig(*shape, row_blocks, paged)
+        if small and not paged:
             return ForwardSm90Config(*shape, ragged=True, split=True, few=True)
     return columns(*shape, paged, split=True)
 
@@ -104,7 +105,9 @@ def attention_configs(
     lengths = [(False, False), (True, False), (True, True)]
     many = [many_rows(*shape, ragged, paged) for ragged, paged in lengths]
     shared = [replace(kernel, split=True) for kernel in many if isinstance(kernel, ForwardSm90Config) and kernel.ragged]
-    few = [few_rows(*shape, paged, rows) for paged in (False, True) for rows in FEW_ROWS]
+    few = [
+        few_rows(*shape, paged, rows, boxes) for paged, rows, boxes in product((False, True), FEW_ROWS, (True, False))
+    ]
     partial = columns(*shape, paged=False, split=True)
     return [*dict.fromkeys([*many, *shared, *few, partial]), CombineConfig(value_dim, dtype, arch)]
 

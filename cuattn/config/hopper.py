@@ -18,6 +18,8 @@ REGISTER_UNIT = 8
 LARGEST_OF_FEW_ROWS = 128
 #: Rows of which decode_sm90 computes a multiple, and its warps that multiply values.
 ROW_BLOCK, VALUE_WARPS = 8, 4
+#: Room in which its warps tell each other what comes first.
+START_BYTES = 40 * 4 * 32
 #: More slots than this do not hide more latency.
 MOST_SLOTS = 8
 
@@ -161,7 +163,7 @@ class ForwardSm90Config(KernelConfig):
 class DecodeConfig(KernelConfig):
     """Attention of a few rows, in blocks of 8 for a key head: a block of threads has any range of their chunks.
 
-    The copy engine fetches keys, which lie a fixed distance apart; lengths are read on the device.
+    The copy engine fetches keys, which lie a fixed distance apart or in pages; lengths are read on the device.
     """
 
     kernel = "decode_sm90"
@@ -173,6 +175,7 @@ class DecodeConfig(KernelConfig):
     dtype: str
     arch: str
     row_blocks: int
+    paged: bool = False
 
     blocks_per_multiprocessor = 1
     overlaps = True
@@ -181,7 +184,8 @@ class DecodeConfig(KernelConfig):
     @functools.cached_property
     def name(self) -> str:
         dims = dims_name(self.head_dim, self.value_dim)
-        return f"{self.kernel}_{dims}_{self.mask}_rows{self.row_tile}_{self.dtype}_{self.arch}"
+        kind = f"rows{self.row_tile}" + "_paged" * self.paged
+        return f"{self.kernel}_{dims}_{self.mask}_{kind}_{self.dtype}_{self.arch}"
 
     @property
     def constants(self) -> Constants:
@@ -193,7 +197,7 @@ class DecodeConfig(KernelConfig):
             "causal": self.mask == "causal",
             "bfloat16": self.dtype == "bfloat16",
             "ragged": True,
-            "paged": False,
+            "paged": self.paged,
             "packed": False,
             "partial_results": False,
             "split": True,
@@ -202,6 +206,7 @@ class DecodeConfig(KernelConfig):
             "row_blocks": self.row_blocks,
             "score_warps": self._score_warps,
             "value_warps": VALUE_WARPS,
+            "start_bytes": START_BYTES,
             "ring_slots": self.ring_slots,
         }
 
@@ -238,4 +243,4 @@ class DecodeConfig(KernelConfig):
     def _fixed_bytes(self) -> int:
         """Of two tiles scores, weights in both forms and two numbers for each row; and barriers."""
         row = 2 * (8 * (self.key_tile + 4) + 2 * (self.key_tile + 8) + 4 * 2) + 4
-        return -(-(self.row_tile * row + 8 * (4 * MOST_SLOTS + 5)) // 1024) * 1024
+        return -(-(self.row_tile * row + START_BYTES + 8 * (4 * MOST_SLOTS + 5)) // 1024) * 1024

@@ -7,6 +7,7 @@
 #include <attn/work.cuh>
 #include <common/types.cuh>
 #include <ptx/grid.cuh>
+#include <ptx/memory.cuh>
 
 namespace cuattn {
 
@@ -54,21 +55,22 @@ __device__ __forceinline__ bool tile_work(const ForwardParams& params, int piece
     return true;
 }
 
-// The wait for earlier launches, and what a block's warps find out together behind it, before each goes its own way: one after
-// the other they would wait for the same instructions and lengths. Of few rows that is the first work.
+// What a block's warps find out together, before each goes its own way: one after the other they would wait for the same
+// instructions and lengths. Of few rows that is the first work.
 template <int tile_rows, bool few = config::few>
 struct Start {
-    __device__ __forceinline__ Start(const ForwardSm90Params&, int) { ptx::wait_for_earlier_launches(); }
+    // Waits for earlier launches, too.
+    __device__ __forceinline__ void find(const ForwardSm90Params&, int) { ptx::wait_for_earlier_launches(); }
 };
 template <int tile_rows>
 struct Start<tile_rows, true> {
     Ranges<tile_rows> ranges;
     Work work;
-    bool any;
+    int any;
 
     // Where no lengths of queries are to be read, a rehearsal comes before the wait: then the instructions are at hand, which
     // takes longer than the work itself.
-    __device__ __forceinline__ Start(const ForwardSm90Params& params, int lane) {
+    __device__ __forceinline__ void find(const ForwardSm90Params& params, int lane) {
 #pragma unroll 1
         for (int rehearses = !config::packed; rehearses >= 0; --rehearses) {
             if (!rehearses) ptx::wait_for_earlier_launches();
@@ -76,9 +78,23 @@ struct Start<tile_rows, true> {
                 any = find_piece<tile_rows>(params.call, params.pieces, rehearses, work);
             } else {
                 ranges = Ranges<tile_rows>(params.call, lane, rehearses);
-                any = ranges.next(work);
+                any = ranges.next(params.call, work, rehearses);
             }
         }
+    }
+
+    // Between warps, word by word: what each lane has, in sizeof(Start) * 32 bytes of shared memory.
+    __device__ __forceinline__ void store(u32 to, int lane) const {
+        u32 word[sizeof(Start) / 4];
+        memcpy(word, this, sizeof word);
+#pragma unroll
+        for (int i = 0; i < sizeof word / 4; ++i) ptx::store_shared_u32(to + (i * 32 + lane) * 4, word[i]);
+    }
+    __device__ __forceinline__ void load(u32 from, int lane) {
+        u32 word[sizeof(Start) / 4];
+#pragma unroll
+        for (int i = 0; i < sizeof word / 4; ++i) word[i] = ptx::load_shared_u32(from + (i * 32 + lane) * 4);
+        memcpy(this, word, sizeof word);
     }
 };
 
@@ -90,7 +106,7 @@ __device__ __forceinline__ void for_each_work(const ForwardSm90Params& params, i
         Ranges<tile_rows> ranges = start.ranges;
         Work work = start.work;
 #pragma unroll 1
-        for (bool more = start.any; more; more = ranges.next(work)) attend(work);
+        for (bool more = start.any; more; more = ranges.next(params.call, work)) attend(work);
     } else {
         Work work;
         u32 turn = 0;

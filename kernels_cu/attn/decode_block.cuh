@@ -33,7 +33,8 @@ using ValueTile = Tile<value_tile_dim, 2, key_tile>;
 constexpr int slot_elements = key_tile * (tile_dim > value_tile_dim ? tile_dim : value_tile_dim);
 constexpr int slot_readers = 8;  // arrivals that free a slot
 static_assert(slot_readers % score_warps == 0 && slot_readers % value_warps == 0);
-using KeyBoxes = BoxCopies<KeyTile, ValueTile, key_tile, slot_elements * 2, ring_slots, true, true, 1, KeySequence>;
+using KeyBoxes =
+    BoxCopies<KeyTile, ValueTile, key_tile, slot_elements * 2, ring_slots, true, true, 1, KeySequence, config::paged>;
 
 // Numbers from row to row in shared memory. Of rounded weights the 8 rows of an ldmatrix phase lie in 8 different bank groups,
 // and every other row of scores in another one.
@@ -53,6 +54,7 @@ struct SharedMemory {
     TileWeights weights[weight_slots];
     alignas(16) float score[2][block_rows][score_stride];
     float normalisation[block_rows];
+    unsigned char start[config::start_bytes];
     u64 filled[ring_slots], free[ring_slots], landed;
     u64 weights_filled[weight_slots], weights_free[weight_slots];
 };

@@ -15,21 +15,26 @@
 namespace cuattn {
 
 // By the copy engine, to which one thread speaks. `once`: no other block reads the same keys. `copiers`: all threads of these
-// warps run it and arrive at each slot, or 1: only the one that speaks does, and one warp runs it.
+// warps run it and arrive at each slot, or 1: only the one that speaks does, and one warp runs it. `pages`: boxes have box_rows
+// keys and lie in pages, each one in one of them; the lanes of the warp speak for one each.
 template <class KeyTile, class ValueTile, int tile_rows, int slot_bytes, int slots, bool ragged, bool once, int copiers,
-          class KeySequence>
+          class KeySequence, bool pages = false>
 class BoxCopies {
+    static_assert(!pages || copiers == 1);
+
   public:
     static constexpr int threads = 32, arrivals = copiers;
 
     __device__ __forceinline__ BoxCopies(const ForwardSm90Params& params, const KeySequence& sequence, int key_head,
-                                         const RingAddress& ring, const RingPlace<slots>&, u32& landed_parity, int)
+                                         const RingAddress& ring, const RingPlace<slots>&, u32& landed_parity,
+                                         int first_tile)
         : params_(params),
           sequence_(sequence),
           key_head_(key_head),
           ring_(ring),
           landed_parity_(landed_parity),
-          lane_(threadIdx.x & 31) {}
+          lane_(threadIdx.x & 31),
+          next_page_(pages ? page_of_tile(first_tile) : 0) {}
 
     // Asks for what copies will need soon. By one thread.
     __device__ __forceinline__ static void prepare(const ForwardSm90Params& params) {
@@ -37,8 +42,13 @@ class BoxCopies {
         ptx::tma_prefetch(params.value_map);
     }
 
-    __device__ __forceinline__ void operator()(const RingPlace<slots>& place, bool values, int tile) const {
+    // With pages keys of a tile come before its values, both before those of the next one.
+    __device__ __forceinline__ void operator()(const RingPlace<slots>& place, bool values, int tile) {
         const u32 to = ring_.slots + place.slot * slot_bytes, filled = ring_.filled + place.slot * ptx::mbarrier_bytes;
+        if (pages && !values) {
+            page_ = next_page_;
+            next_page_ = page_of_tile(tile + 1);
+        }
         const int valid = sequence_.key_length - tile * tile_rows;
         if (ragged && values && valid < tile_rows) {
             // What lies behind the sequence's last value may be anything, and a weight of +0 does not make it nothing.
@@ -61,7 +71,7 @@ class BoxCopies {
 
   private:
     __device__ __forceinline__ void copy(u32 barrier, u32 to, bool values, int tile) const {
-        if (threadIdx.x != 0) return;
+        if (!pages && threadIdx.x != 0) return;
         if (values) {
             copy_panels<ValueTile>(barrier, to, params_.value_map, tile);
         } else {
@@ -71,13 +81,28 @@ class BoxCopies {
 
     template <class Tile>
     __device__ __forceinline__ void copy_panels(u32 barrier, u32 to, const TensorMap& map, int tile) const {
-        ptx::mbarrier_arrive_expect(barrier, tile_rows * Tile::row_bytes);
-        const int row = sequence_.key_start + tile * tile_rows + (KeySequence::by_tables ? sequence_.first_place : 0);
+        if (threadIdx.x == 0) ptx::mbarrier_arrive_expect(barrier, tile_rows * Tile::row_bytes);
+        int first = 0;
+        int row = sequence_.key_start + tile * tile_rows + (KeySequence::by_tables ? sequence_.first_place : 0);
+        int batch = sequence_.key_batch;
+        if constexpr (pages) {
+            __syncwarp();  // bytes are expected before they come
+            first = lane_ * params_.box_rows;
+            if (first >= tile_rows) return;
+            row = KeySequence::row_in_page(params_.call.forward.sequences, tile * tile_rows + first);
+            batch = page_;
+        }
 #pragma unroll
         for (int unit = 0; unit < Tile::units; unit += 8) {
-            ptx::tma_load_4d<once>(to + Tile::offset(0, unit), map, unit * 8, row, key_head_, sequence_.key_batch,
-                                   barrier);
+            ptx::tma_load_4d<once>(to + Tile::offset(first, unit), map, unit * 8, row, key_head_, batch, barrier);
         }
+    }
+
+    // The page of this lane's box; where there are no such keys one that does not exist, of which the engine makes zeros.
+    __device__ __forceinline__ int page_of_tile(int tile) const {
+        const Sequences& sequences = params_.call.forward.sequences;
+        const int key = tile * tile_rows + lane_ * params_.box_rows;
+        return key < sequence_.key_length ? sequence_.page_at(sequences, key) : sequences.page_count;
     }
 
     // Zeros from row `first` on.
@@ -95,6 +120,7 @@ class BoxCopies {
     const RingAddress ring_;
     u32& landed_parity_;
     const int lane_;
+    int next_page_, page_ = 0;  // of this lane's box
 };
 
 // By four warps, each of which copies a quarter of a tile's rows: a lane knows the place of one of them.

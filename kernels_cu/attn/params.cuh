@@ -69,10 +69,11 @@ struct SplitParams {
 };
 
 struct ForwardSm90Params {
-    TensorMap key_map, value_map;  // boxes of a tile's rows and 64 columns, where `mapped`
+    TensorMap key_map, value_map;  // boxes of box_rows rows and 64 columns, where `mapped`
     SplitParams call;
     float* merged;  // (blocks, warps, ...): workspace for finished chunks that do not fit into shared memory, or null
     int mapped;     // 0: keys and values can only be copied row by row
+    int box_rows;   // of a box
     // that the chunks of a tile of rows are cut into; of few rows, where they are pieces: as many as a cluster has blocks, else 0
     int pieces;
     int items;  // of many rows: pieces of all tiles, which the blocks share

@@ -76,8 +76,10 @@ struct Sequence {
     // Distance in elements of key `key`, which is in `page`, from the first row of its head.
     __device__ __forceinline__ i64 offset_in(const Sequences& sequences, const Strides& strides, int key,
                                              int page) const {
-        const int row = key - page_of(sequences, key) * sequences.page_size;
-        return page * strides.page + row * strides.token;
+        return page * strides.page + row_in_page(sequences, key) * strides.token;
+    }
+    __device__ __forceinline__ static int row_in_page(const Sequences& sequences, int key) {
+        return key - page_of(sequences, key) * sequences.page_size;
     }
 
     // Row `row` of a head in `data`, whose elements are of type T.

@@ -100,7 +100,8 @@ __device__ __forceinline__ bool find_piece(const SplitParams& params, int pieces
     const u32 group = blockIdx.x / u32(pieces), piece = blockIdx.x - group * pieces;
     const u32 heads = forward.query_heads / forward.group, sequence = group / heads;
     const Shape<tile_rows> shape(params, sequence, length_entry(forward, sequence, rehearses));
-    const auto start = [&](int number) { return static_cast<int>(u32(shape.key_tiles) * number / u32(pieces)); };
+    // rounded up: the first piece is never empty
+    const auto start = [&](int n) { return static_cast<int>((u32(shape.key_tiles) * n + pieces - 1) / u32(pieces)); };
     work.slot = static_cast<int>(group);
     work.folded = shape.first_chunk_from(start(1));
     return shape.set(work, start(piece), start(piece + 1), group - sequence * heads, 0, forward.group);
@@ -115,8 +116,9 @@ class Ranges {
     // No range.
     __device__ __forceinline__ Ranges() : place_(0), end_(0) {}
     __device__ __forceinline__ Ranges(const SplitParams& params, int lane, bool rehearses = false)
-        : params_(&params), heads_(params.forward.query_heads / params.forward.group), rehearses_(rehearses) {
+        : heads_(params.forward.query_heads / params.forward.group) {
         const int count = params.forward.sequences.count;
+        const auto entry_of = [&](int s) { return length_entry(params.forward, s, rehearses); };
         entry_ = lane < count ? entry_of(lane) : 0;
         const int own = lane < count ? size_of(Groups(params, lane, entry_)) : 0;
         int sum = own;
@@ -149,11 +151,12 @@ class Ranges {
     }
 
     // The next group's part of the range; false at its end. All threads of a warp call it together.
-    __device__ __forceinline__ bool next(Work& work) {
+    __device__ __forceinline__ bool next(const SplitParams& params, Work& work, bool rehearses = false) {
 #pragma unroll 1
         while (place_ < end_) {
-            const int entry = __shfl_sync(0xffffffffu, entry_, sequence_ & 31);
-            const Groups shape(*params_, sequence_, sequence_ < 32 ? entry : entry_of(sequence_));
+            int entry = __shfl_sync(0xffffffffu, entry_, sequence_ & 31);
+            if (sequence_ >= 32) entry = length_entry(params.forward, sequence_, rehearses);
+            const Groups shape(params, sequence_, entry);
             const int size = size_of(shape);
             if (place_ >= base_ + size) {
                 base_ += size;
@@ -165,11 +168,10 @@ class Ranges {
             const int key_head = static_cast<int>(u32(group) / u32(shape.row_tiles));
             place_ = group_place + shape.key_tiles;
             if (!shape.set(work, first, min(end_ - group_place, shape.key_tiles), key_head,
-                           group - key_head * shape.row_tiles, params_->forward.group)) {
+                           group - key_head * shape.row_tiles, params.forward.group)) {
                 continue;
             }
-            work.slot =
-                params_->partials.by_group ? sequence_ * heads_ * shape.row_tiles + group : range_of(group_place);
+            work.slot = params.partials.by_group ? sequence_ * heads_ * shape.row_tiles + group : range_of(group_place);
             return true;
         }
         return false;
@@ -182,10 +184,6 @@ class Ranges {
     __device__ __forceinline__ int size_of(const Groups& shape) const {
         return heads_ * shape.row_tiles * shape.key_tiles;
     }
-    __device__ __forceinline__ int entry_of(int sequence) const {
-        return length_entry(params_->forward, sequence, rehearses_);
-    }
-
     __device__ __forceinline__ int range_start(u32 range) const {
         return static_cast<int>(range * least_ + min(range, longer_));
     }
@@ -195,9 +193,7 @@ class Ranges {
         return static_cast<int>(place < first ? place / (least_ + 1) : longer_ + (place - first) / least_);
     }
 
-    const SplitParams* params_;
-    int heads_;  // that keys have
-    bool rehearses_;
+    int heads_;           // that keys have
     int entry_;           // of sequence number `lane`
     u32 least_, longer_;  // key tiles of a range; ranges that have one more
     int place_, end_;
