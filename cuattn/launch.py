@@ -50,8 +50,7 @@ class Kernel:
 
 
 def _early(grid: int, threads: int, shared_bytes: int, stream: int, cluster: int) -> Words:
-    """A CUlaunchConfig of cuda.h, and behind it its attributes: that it may start before earlier launches have ended, and
-    the blocks of a cluster."""
+    """A CUlaunchConfig of cuda.h, and behind it its attributes: an early start, and the blocks of a cluster."""
     words = array.array(
         "Q", (grid | 1 << 32, 1 | threads << 32, 1 | 1 << 32, shared_bytes, stream, 0, 1 + (cluster > 1))
     )

@@ -18,6 +18,7 @@
 #include <attn/search.cuh>
 #include <attn/sequence.cuh>
 #include <attn/tile.cuh>
+#include <attn/transposed_fragments.cuh>
 #include <common/types.cuh>
 #include <ptx/cp_async.cuh>
 #include <ptx/memory.cuh>

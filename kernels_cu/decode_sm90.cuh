@@ -4,7 +4,7 @@
 //
 // A block computes block_rows packed rows of one key head for the chunks that start in its range of the batch's key tiles
 // (attn/work.cuh), and then others. Warp 0 fills the ring with tiles of keys and values. Some warps make a tile's weights
-// (attn/decode_weights.cuh) while others use those of the tile before (attn/decode_outputs.cuh). Or a cluster of blocks shares
+// (attn/decode_weights.cuh) while others use those of the tile before (attn/decode_outputs.cuh, decode_sums.cuh). Or a cluster of blocks shares
 // the chunks of a group, and merges them. What a row computes, and in
 // which order, depends on absolute key positions alone (docs/numerics.md), and is what the other kernels compute.
 #pragma once
@@ -12,6 +12,7 @@
 #include <attn/block_work.cuh>
 #include <attn/decode_block.cuh>
 #include <attn/decode_outputs.cuh>
+#include <attn/decode_sums.cuh>
 #include <attn/decode_weights.cuh>
 #include <attn/merge.cuh>
 #include <attn/params.cuh>

@@ -1,4 +1,4 @@
-"""The machine code of the kernel for few rows on Hopper: what it is made of, and that it needs no memory for registers."""
+"""The machine code of the kernel for few rows on Hopper: what it is made of, and that registers suffice."""
 
 import random
 from itertools import product
@@ -12,7 +12,7 @@ from cuattn import jit
 from cuattn.config import HEAD_DIMS, MASKS, DecodeConfig
 
 CONFIG = DecodeConfig(128, 128, "causal", "bfloat16", "sm_90a", 1)
-#: Instructions that there must be: copies, products, their operands, the wait for earlier launches, meetings of clusters.
+#: Instructions that there must be: copies, products, operands, the wait for earlier launches, meetings of clusters.
 MADE_OF = ("UTMALDG", "HMMA", "LDSM", "ACQBULK", "UCGABAR")
 
 

@@ -17,7 +17,7 @@ from cuattn.cli import main
 MOST = {
     "attention": (26, 50),
     "attention, LSE returned": (26, 50),
-    "attention, one row, 2 launches": (28, 52),
+    "attention, one row": (28, 52),
     "attention_varlen": (26, 56),
     "attention_kvcache, pages": (21, 56),
     "attention_kvcache, append, 2 launches": (26, 70),

@@ -16,6 +16,7 @@ from cuattn.config import (
     ColumnsConfig,
     CombineConfig,
     CompactConfig,
+    DecodeConfig,
     ForwardConfig,
     ForwardSm90Config,
     KernelConfig,
@@ -77,7 +78,7 @@ def evaluate(source: str, function: str, value: int) -> int:
     for case in found[2].replace("/", "//").split(" : "):
         *condition, result = case.split(" ? ")
         if not condition or eval(condition[0], {found[1]: value}):
-            return eval(result, {found[1]: value})
+            return eval(result, {found[1]: value, "larger": max, "smaller": min})
     raise AssertionError(found[2])
 
 
@@ -93,7 +94,20 @@ def test_the_unit_has_the_chunk_table_of_the_contract() -> None:
 
 
 #: What a configuration may depend on.
-FACTS = {"head_dim", "value_dim", "mask", "dtype", "arch", "ragged", "paged", "split", "few"}
+FACTS = {
+    "head_dim",
+    "value_dim",
+    "mask",
+    "dtype",
+    "arch",
+    "ragged",
+    "paged",
+    "split",
+    "few",
+    "rows",
+    "row_blocks",
+    "boxes",
+}
 
 
 def all_configs() -> Iterator[KernelConfig]:
@@ -120,7 +134,7 @@ def test_nothing_of_the_batch_can_reach_a_unit() -> None:
         kinds.add(type(config))
         assert not sees_the_batch(jit.kernel_source(config))
     assert kinds == {
-        *(ForwardConfig, ForwardSm90Config, ColumnsConfig, CombineConfig, AppendConfig, ScanConfig),
+        *(ForwardConfig, ForwardSm90Config, DecodeConfig, ColumnsConfig, CombineConfig, AppendConfig, ScanConfig),
         *(RowsConfig, CompactConfig, KeysConfig, QueriesConfig),
     }
     for kind in kinds:

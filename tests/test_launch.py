@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from cuattn import devices, env, launch
-from cuattn.config import ForwardConfig
+from cuattn.config import DecodeConfig, ForwardConfig
 from cuattn.launches import Launch
 
 KERNEL = """struct Params { int* out; int value; char padding[84]; int last; };
@@ -58,6 +58,31 @@ def test_the_driver_finds_the_argument(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):  # words may be launched again
         kernel.launch(3, words, 9)
     assert found == 2 * [(5, 3, 1, 1, config.threads, 1, 1, config.shared_bytes, 9, 0, bytes(params))]
+
+
+@pytest.mark.parametrize("cluster", [1, 4])
+def test_a_kernel_that_overlaps_starts_early(monkeypatch: pytest.MonkeyPatch, cluster: int) -> None:
+    """The driver finds the shape of the launch, and that it may start before earlier ones have ended."""
+    config, found = DecodeConfig(64, 64, "full", "float16", "sm_90a", 1), []
+
+    def launch_ex(shape: int, function: int, pointers: int, extra: int) -> int:
+        words = [ctypes.c_uint64.from_address(shape + 8 * i).value for i in range(7)]
+        attributes = [(ctypes.c_uint64 * 9).from_address(words[5] + 72 * i)[:3] for i in range(words[6])]
+        argument = ctypes.c_void_p.from_address(pointers).value
+        text = ctypes.string_at(argument, ctypes.sizeof(Params))
+        found.append((function, extra, words[:5], attributes, text))
+        return len(found) - 1
+
+    monkeypatch.setattr(launch, "_driver", lambda: SimpleNamespace(launchKernel=None))
+    monkeypatch.setattr(launch, "_launch_ex", lambda: launch_ex)
+    kernel = launch.Kernel(config, SimpleNamespace(kernel=SimpleNamespace(ptr=5)))
+    params = Params(1 << 40, -1, b"text", 7)
+    kernel.launch(8, launch.words_of(bytes(params)), 9, cluster)
+    shape = [8 | 1 << 32, 1 | config.threads << 32, 1 | 1 << 32, config.shared_bytes, 9]
+    attributes = [[6, 1, 0], [4, 4 | 1 << 32, 1]][: 1 + (cluster > 1)]
+    assert found == [(5, 0, shape, attributes, bytes(params))]
+    with pytest.raises(RuntimeError, match="CUDA error 1: 8 blocks"):
+        kernel.launch(8, launch.words_of(bytes(params)), 9, cluster)
 
 
 def test_an_argument_is_filled_up_to_whole_words() -> None:

@@ -80,7 +80,7 @@ def calls_on(device: str) -> dict[str, Call]:
     return {
         "attention": lambda: cuattn.attention(q, k, v, "causal"),
         "attention, LSE returned": lambda: cuattn.attention(q, k, v, "causal", return_lse=True),
-        "attention, one row, 2 launches": lambda: cuattn.attention(row, keys, values),
+        "attention, one row": lambda: cuattn.attention(row, keys, values),
         "attention_varlen": lambda: cuattn.attention_varlen(packed_q, packed_k, packed_v, starts, starts_k, "causal"),
         "attention_kvcache, pages": lambda: cuattn.attention_kvcache(
             token, k_cache, v_cache, lengths, block_table=table

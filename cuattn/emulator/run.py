@@ -64,8 +64,9 @@ def run(
     Its tensors are all the memory that a launch may touch: inputs are only read; every element of an output is written
     once by all launches together; an update, such as a cache, is written anywhere, but no byte twice in one launch; of
     scratch memory only what has been written is read. No block reads what another block of its launch has written to
-    an update or to scratch memory, unless both are of a cluster that has met in between. A tensor has the same name in every launch that writes to it. Raises EmulatorError
-    where a kernel errs. Python threads may call this at the same time.
+    an update or to scratch memory, unless both are of a cluster that has met in between. A kernel that overlaps waits
+    for earlier launches before it touches any of it. A tensor has the same name in every launch that writes to it.
+    Raises EmulatorError where a kernel errs. Python threads may call this at the same time.
     """
     writers = _Writers()
     first_block = 1

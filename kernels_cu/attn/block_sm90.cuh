@@ -3,6 +3,7 @@
 
 #include <attn/chunks.cuh>
 #include <attn/key_copies.cuh>
+#include <attn/key_row_copies.cuh>
 #include <attn/ring.cuh>
 #include <attn/tile.cuh>
 #include <attn/warpgroup_products.cuh>

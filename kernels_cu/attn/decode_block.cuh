@@ -10,6 +10,7 @@
 #include <common/types.cuh>
 #include <ptx/mbarrier.cuh>
 #include <ptx/memory.cuh>
+#include <ptx/warpgroup.cuh>
 
 namespace cuattn {
 
@@ -127,6 +128,9 @@ class WeightSlots {
     SharedMemory& shared_;
     RingPlace<weight_slots> place_;
 };
+
+// All warps that use weights.
+__device__ __forceinline__ void meet() { ptx::barrier_sync<(1 + value_warps) * 32>(2); }
 
 // A row of the tile that there is, else the last one: what such rows compute nobody stores.
 __device__ __forceinline__ PackedRow packed_row(const ForwardParams& params, const Work& work, int row) {

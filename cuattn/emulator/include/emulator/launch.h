@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cfenv>
 #include <cstring>
 #include <exception>
 #include <functional>
@@ -13,6 +12,7 @@
 
 #include <cuda_builtins.h>
 #include <emulator/cluster.h>
+#include <emulator/floating_point.h>
 #include <emulator/named_barrier.h>
 #include <emulator/tma.h>
 #include <emulator/wgmma.h>
@@ -127,19 +127,6 @@ inline std::string run_cluster(std::vector<std::unique_ptr<Block>>& blocks) {
     }
     return "";
 }
-
-// The environment that IEEE operations need: the caller's may flush subnormals or round otherwise.
-class DefaultFloatingPoint {
-  public:
-    DefaultFloatingPoint() {
-        std::fegetenv(&before_);
-        std::fesetenv(FE_DFL_ENV);
-    }
-    ~DefaultFloatingPoint() { std::fesetenv(&before_); }
-
-  private:
-    std::fenv_t before_;
-};
 
 inline void run_grid(const Launch& launch, const std::function<void()>& body, std::string& error) {
     const DefaultFloatingPoint floating_point;
