@@ -128,7 +128,7 @@ def all_steps(folder: Path) -> list[Step]:
         planted("racecheck", "rows", *call("backward")),
         planted("racecheck", "shared", *call("backward, 256 columns")),
         planted("racecheck", "keys", *call("backward")),
-        Step("check", 390, check, shown=5),
+        Step("check", 290, check, shown=5),
         Step("accuracy", 60, script("accuracy")),
         Step("jit_time", 60, bench("jit", "--providers", "cuattn", "--repeats", "3", to="jit_time"), shown=8),
         Step("peers_prefill", 200, bench("prefill", *some, "--seconds", "150", to="peers_prefill"), 0, 8, "peers"),

@@ -27,6 +27,8 @@ from cuattn.turns import block_count
 SMALLEST_BOX = 8
 #: Blocks of a cluster, on every device that has clusters.
 LARGEST_CLUSTER = 8
+#: The most of a device's multiprocessors that clusters can be sure to find: of some parts of it they use a few alone.
+CLUSTERED = 0.75
 #: Fields of SplitGroup in kernels_cu/attn/params.cuh.
 GROUP_FIELDS = 7
 
@@ -216,6 +218,7 @@ class Attend:
         pieces, rest = divmod(blocks, groups)
         clustered = isinstance(config, DecodeConfig) and rest == 0 and pieces <= LARGEST_CLUSTER
         clustered = clustered and (even or problem.batch == 1)
+        clustered = clustered and (problem.num_splits is not None or blocks <= CLUSTERED * self.target.processors)
         scratch: dict[str, Tensor] = {}
         if clustered and pieces > 1:
             scratch = partial_tensors(groups * chunks, rows, problem.value_dim, allocate)

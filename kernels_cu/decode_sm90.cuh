@@ -57,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(threads, 1) decode_sm90(const __gri
                            ptx::shared_address(shared.free), ptx::shared_address(&shared.landed)};
     if (threadIdx.x == 0) {
         KeyBoxes::prepare(params);
-        init_barriers(shared, ring);
+        ring.init(ring_slots, 1, slot_readers);
     }
     // the same for all lanes of a warp, and the compiler must know
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);

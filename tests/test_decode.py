@@ -222,15 +222,18 @@ BUGS = {
     ),
     "a slot is never given back": Bug(OUTPUTS, "        values_.leave(lane_);\n", "", "deadlock"),
     "scores are read before all are there": Bug(
-        WEIGHTS, "                ptx::barrier_sync<score_warps * 32>(1);  // all scores are there\n", "", UNORDERED
+        WEIGHTS,
+        "                ptx::barrier_sync<score_warps * 32>(scores_known);  // all scores are there\n",
+        "",
+        UNORDERED,
     ),
     "weights are overwritten while others read them": Bug(
-        BLOCK, "        wait(shared_.weights_free, place_.parity ^ 1);\n", "", UNORDERED
+        BLOCK, "        ptx::barrier_sync<weight_threads>(first_free + slot_);\n", "", f"{UNORDERED}|barrier"
     ),
     "weights are read before they are there": Bug(
-        BLOCK, "        wait(shared_.weights_filled, place_.parity);\n", "", UNORDERED
+        BLOCK, "        ptx::barrier_sync<weight_threads>(first_filled + slot_);\n", "", f"{UNORDERED}|barrier"
     ),
-    "weights are never given back": Bug(OUTPUTS, "                weights_.leave(lane_);\n", "", "deadlock"),
+    "weights are never given back": Bug(OUTPUTS, "        weights_.leave();\n", "", "deadlock"),
     "outputs are normalised before it is known how": Bug(
         OUTPUTS,
         "        meet();  // how to normalise the outputs\n        if (is_whole(work)) store(work);",

@@ -57,17 +57,8 @@ struct SharedMemory {
     float normalisation[block_rows];
     unsigned char start[config::start_bytes];
     u64 filled[ring_slots], free[ring_slots], landed;
-    u64 weights_filled[weight_slots], weights_free[weight_slots];
 };
 static_assert(sizeof(SharedMemory) <= config::shared_bytes);
-
-__device__ __forceinline__ void init_barriers(SharedMemory& shared, const RingAddress& ring) {
-    for (int i = 0; i < weight_slots; ++i) {
-        ptx::mbarrier_init(ptx::shared_address(&shared.weights_filled[i]), score_warps);
-        ptx::mbarrier_init(ptx::shared_address(&shared.weights_free[i]), value_warps + 1);
-    }
-    ring.init(ring_slots, 1, slot_readers);
-}
 
 // The slots of either the keys or the values, which take turns, as one warp of `warps` that read them goes through them.
 template <int warps>
@@ -94,43 +85,45 @@ class Slots {
     RingPlace<ring_slots> place_;
 };
 
-// The tiles' weights, as a warp that makes or reads them goes through them.
+// Named barriers: the warps that make weights, those that use them, and for each slot of weights those that wait until it is
+// filled, or free, with those that say so.
+enum Barriers { scores_known = 1, users_met, first_filled, first_free = first_filled + weight_slots };
+constexpr int weight_threads = (score_warps + value_warps + 1) * 32;
+static_assert(first_free + weight_slots <= 16);
+
+// The slots of weights, as a warp that makes or uses them goes through them.
 class WeightSlots {
   public:
-    __device__ __forceinline__ explicit WeightSlots(SharedMemory& shared) : shared_(shared) {}
+    __device__ __forceinline__ explicit WeightSlots(SharedMemory& shared, bool uses) : shared_(shared) {
+        for (int i = 0; uses && i < weight_slots; ++i) ptx::barrier_arrive<weight_threads>(first_free + i);
+    }
 
     __device__ __forceinline__ TileWeights& await_filled() const {
-        wait(shared_.weights_filled, place_.parity);
-        return shared_.weights[place_.slot];
+        ptx::barrier_sync<weight_threads>(first_filled + slot_);
+        return shared_.weights[slot_];
     }
     __device__ __forceinline__ TileWeights& await_free() const {
-        wait(shared_.weights_free, place_.parity ^ 1);
-        return shared_.weights[place_.slot];
+        ptx::barrier_sync<weight_threads>(first_free + slot_);
+        return shared_.weights[slot_];
     }
     // Which of the slots it is.
-    __device__ __forceinline__ int number() const { return place_.slot; }
-    // This warp has made them, or read them.
-    __device__ __forceinline__ void fill(int lane) { pass(shared_.weights_filled, lane); }
-    __device__ __forceinline__ void leave(int lane) { pass(shared_.weights_free, lane); }
+    __device__ __forceinline__ int number() const { return slot_; }
+    // This warp has made them, or used them.
+    __device__ __forceinline__ void fill() { pass(first_filled); }
+    __device__ __forceinline__ void leave() { pass(first_free); }
 
   private:
-    using Barriers = u64[weight_slots];
-
-    __device__ __forceinline__ void wait(const Barriers& barriers, u32 parity) const {
-        ptx::mbarrier_wait(ptx::shared_address(&barriers[place_.slot]), parity);
-    }
-    __device__ __forceinline__ void pass(const Barriers& barriers, int lane) {
-        __syncwarp();
-        if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(&barriers[place_.slot]));
-        place_ = place_.next();
+    __device__ __forceinline__ void pass(int first) {
+        ptx::barrier_arrive<weight_threads>(first + slot_);
+        slot_ = slot_ + 1 == weight_slots ? 0 : slot_ + 1;
     }
 
     SharedMemory& shared_;
-    RingPlace<weight_slots> place_;
+    int slot_ = 0;
 };
 
 // All warps that use weights.
-__device__ __forceinline__ void meet() { ptx::barrier_sync<(1 + value_warps) * 32>(2); }
+__device__ __forceinline__ void meet() { ptx::barrier_sync<(1 + value_warps) * 32>(users_met); }
 
 // A row of the tile that there is, else the last one: what such rows compute nobody stores.
 __device__ __forceinline__ PackedRow packed_row(const ForwardParams& params, const Work& work, int row) {

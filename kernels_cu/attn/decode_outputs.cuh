@@ -26,7 +26,7 @@ class Outputs {
           lane_(lane),
           first_column_(number * 16 * blocks),
           values_(ring, true),
-          weights_(shared) {}
+          weights_(shared, true) {}
 
     __device__ __forceinline__ void attend(const Work& work) {
         meet();  // earlier rows have been stored
@@ -94,7 +94,7 @@ class Outputs {
                 }
             }
         }
-        weights_.leave(lane_);
+        weights_.leave();
         values_.leave(lane_);
     }
 

@@ -17,7 +17,7 @@ namespace cuattn {
 class Summation {
   public:
     __device__ __forceinline__ Summation(const ForwardSm90Params& params, SharedMemory& shared, int lane)
-        : params_(params.call), shared_(shared), lane_(lane), weights_(shared) {}
+        : params_(params.call), shared_(shared), lane_(lane), weights_(shared, true) {}
 
     __device__ __forceinline__ void attend(const Work& work) {
         const bool folds = work.first_chunk == 0;
@@ -36,7 +36,7 @@ class Summation {
                     add_weights(sum[r], weights, row(r));
                     reference[r] = load_number(weights.reference[row(r)]);
                 }
-                weights_.leave(lane_);
+                weights_.leave();
             },
             [&](int chunk, bool last) {
 #pragma unroll

@@ -26,7 +26,7 @@ class Weigher {
           lane_(lane),
           first_key_(number * 16 * blocks),
           keys_(ring, false),
-          weights_(shared) {}
+          weights_(shared, false) {}
 
     __device__ __forceinline__ void attend(const Work& work) {
         load_queries(work);
@@ -46,13 +46,13 @@ class Weigher {
                 const Scores& scores = shared_.score[weights_.number()];
                 multiply_keys(keys_.take(), scores);
                 keys_.leave(lane_);
-                ptx::barrier_sync<score_warps * 32>(1);  // all scores are there
+                ptx::barrier_sync<score_warps * 32>(scores_known);  // all scores are there
                 TileWeights& weights = weights_.await_free();
 #pragma unroll
                 for (int i = 0; i < rows; ++i) {
                     weigh(scores, number_ + i * score_warps, reference[i], visible[i] - tile * key_tile, weights);
                 }
-                weights_.fill(lane_);
+                weights_.fill();
             },
             [](int, bool) {});
     }
