@@ -227,13 +227,10 @@ BUGS = {
         "",
         UNORDERED,
     ),
-    "weights are overwritten while others read them": Bug(
-        BLOCK, "        ptx::barrier_sync<weight_threads>(first_free + slot_);\n", "", f"{UNORDERED}|barrier"
-    ),
     "weights are read before they are there": Bug(
-        BLOCK, "        ptx::barrier_sync<weight_threads>(first_filled + slot_);\n", "", f"{UNORDERED}|barrier"
+        WEIGHTS, "                weights_.meet();\n", "", f"{UNORDERED}|barrier|deadlock"
     ),
-    "weights are never given back": Bug(OUTPUTS, "        weights_.leave();\n", "", "deadlock"),
+    "weights are overwritten while others read them": Bug(BLOCK, "slot_ ^= 1;", "", UNORDERED),
     "outputs are normalised before it is known how": Bug(
         OUTPUTS,
         "        meet();  // how to normalise the outputs\n        if (is_whole(work)) store(work);",

@@ -48,11 +48,9 @@ struct TileWeights {
     float reference[block_rows], rescale[block_rows];
 };
 
-constexpr int weight_slots = 2;
-
 struct SharedMemory {
     alignas(1024) u16 ring[ring_slots][slot_elements];
-    TileWeights weights[weight_slots];
+    TileWeights weights[2];
     alignas(16) float score[2][block_rows][score_stride];
     float normalisation[block_rows];
     unsigned char start[config::start_bytes];
@@ -85,39 +83,25 @@ class Slots {
     RingPlace<ring_slots> place_;
 };
 
-// Named barriers: the warps that make weights, those that use them, and for each slot of weights those that wait until it is
-// filled, or free, with those that say so.
-enum Barriers { scores_known = 1, users_met, first_filled, first_free = first_filled + weight_slots };
-constexpr int weight_threads = (score_warps + value_warps + 1) * 32;
-static_assert(first_free + weight_slots <= 16);
+// Named barriers: of the warps that make weights, of those that use them, and of both.
+enum Barriers { scores_known = 1, users_met, weights_known };
 
-// The slots of weights, as a warp that makes or uses them goes through them.
+// The slots of weights, as a warp that makes or uses them goes through them. Both meet once for each tile: weights are made while
+// those of the tile before are used.
 class WeightSlots {
   public:
-    __device__ __forceinline__ explicit WeightSlots(SharedMemory& shared, bool uses) : shared_(shared) {
-        for (int i = 0; uses && i < weight_slots; ++i) ptx::barrier_arrive<weight_threads>(first_free + i);
-    }
+    __device__ __forceinline__ explicit WeightSlots(SharedMemory& shared) : shared_(shared) {}
 
-    __device__ __forceinline__ TileWeights& await_filled() const {
-        ptx::barrier_sync<weight_threads>(first_filled + slot_);
-        return shared_.weights[slot_];
+    // Of this warp's next tile.
+    __device__ __forceinline__ TileWeights& weights() const { return shared_.weights[slot_]; }
+    __device__ __forceinline__ auto& scores() const { return shared_.score[slot_]; }
+    __device__ __forceinline__ void next() { slot_ ^= 1; }
+
+    __device__ __forceinline__ static void meet() {
+        ptx::barrier_sync<(score_warps + value_warps + 1) * 32>(weights_known);
     }
-    __device__ __forceinline__ TileWeights& await_free() const {
-        ptx::barrier_sync<weight_threads>(first_free + slot_);
-        return shared_.weights[slot_];
-    }
-    // Which of the slots it is.
-    __device__ __forceinline__ int number() const { return slot_; }
-    // This warp has made them, or used them.
-    __device__ __forceinline__ void fill() { pass(first_filled); }
-    __device__ __forceinline__ void leave() { pass(first_free); }
 
   private:
-    __device__ __forceinline__ void pass(int first) {
-        ptx::barrier_arrive<weight_threads>(first + slot_);
-        slot_ = slot_ + 1 == weight_slots ? 0 : slot_ + 1;
-    }
-
     SharedMemory& shared_;
     int slot_ = 0;
 };

@@ -26,7 +26,7 @@ class Outputs {
           lane_(lane),
           first_column_(number * 16 * blocks),
           values_(ring, true),
-          weights_(shared, true) {}
+          weights_(shared) {}
 
     __device__ __forceinline__ void attend(const Work& work) {
         meet();  // earlier rows have been stored
@@ -59,7 +59,8 @@ class Outputs {
 
     // The products of a tile's weights with its values, groups of 16 keys ascending.
     __device__ __forceinline__ void add_tile() {
-        const TileWeights& weights = weights_.await_filled();
+        weights_.meet();
+        const TileWeights& weights = weights_.weights();
 #pragma unroll
         for (int r = 0; r < row_blocks; ++r) {
             const int pair = 8 * r + 2 * (lane_ & 3);
@@ -94,7 +95,7 @@ class Outputs {
                 }
             }
         }
-        weights_.leave();
+        weights_.next();
         values_.leave(lane_);
     }
 

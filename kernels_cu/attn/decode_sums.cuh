@@ -17,7 +17,7 @@ namespace cuattn {
 class Summation {
   public:
     __device__ __forceinline__ Summation(const ForwardSm90Params& params, SharedMemory& shared, int lane)
-        : params_(params.call), shared_(shared), lane_(lane), weights_(shared, true) {}
+        : params_(params.call), shared_(shared), lane_(lane), weights_(shared) {}
 
     __device__ __forceinline__ void attend(const Work& work) {
         const bool folds = work.first_chunk == 0;
@@ -30,13 +30,14 @@ class Summation {
                 for (int r = 0; r < row_blocks; ++r) reference[r] = no_reference, sum[r] = 0.0f;
             },
             [&](int) {
-                const TileWeights& weights = weights_.await_filled();
+                weights_.meet();
+                const TileWeights& weights = weights_.weights();
 #pragma unroll
                 for (int r = 0; r < row_blocks; ++r) {
                     add_weights(sum[r], weights, row(r));
                     reference[r] = load_number(weights.reference[row(r)]);
                 }
-                weights_.leave();
+                weights_.next();
             },
             [&](int chunk, bool last) {
 #pragma unroll

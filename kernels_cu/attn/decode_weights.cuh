@@ -21,12 +21,11 @@ class Weigher {
     __device__ __forceinline__ Weigher(const ForwardSm90Params& params, const RingAddress& ring, SharedMemory& shared,
                                        int number, int lane)
         : params_(params.call.forward),
-          shared_(shared),
           number_(number),
           lane_(lane),
           first_key_(number * 16 * blocks),
           keys_(ring, false),
-          weights_(shared, false) {}
+          weights_(shared) {}
 
     __device__ __forceinline__ void attend(const Work& work) {
         load_queries(work);
@@ -43,16 +42,17 @@ class Weigher {
                 for (int i = 0; i < rows; ++i) reference[i] = no_reference;
             },
             [&](int tile) {
-                const Scores& scores = shared_.score[weights_.number()];
+                const Scores& scores = weights_.scores();
                 multiply_keys(keys_.take(), scores);
                 keys_.leave(lane_);
                 ptx::barrier_sync<score_warps * 32>(scores_known);  // all scores are there
-                TileWeights& weights = weights_.await_free();
+                TileWeights& weights = weights_.weights();
 #pragma unroll
                 for (int i = 0; i < rows; ++i) {
                     weigh(scores, number_ + i * score_warps, reference[i], visible[i] - tile * key_tile, weights);
                 }
-                weights_.fill();
+                weights_.meet();
+                weights_.next();
             },
             [](int, bool) {});
     }
@@ -141,7 +141,6 @@ class Weigher {
     }
 
     const ForwardParams& params_;
-    SharedMemory& shared_;
     const int number_, lane_, first_key_;
     Slots<score_warps> keys_;
     WeightSlots weights_;
