@@ -98,6 +98,7 @@ class WeightSlots {
     __device__ __forceinline__ void next() { slot_ ^= 1; }
 
     __device__ __forceinline__ static void meet() {
+        __syncwarp();  // one lane alone has stored something
         ptx::barrier_sync<(score_warps + value_warps + 1) * 32>(weights_known);
     }
 
