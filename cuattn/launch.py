@@ -17,8 +17,12 @@ __all__ = ["device_architecture", "device_count", "launch_kernel", "loaded", "pr
 Words: TypeAlias = "array.array[int]"
 
 _load_lock = threading.Lock()
-#: Of CUlaunchAttributeID in cuda.h.
+#: Of CUlaunchAttributeID in cuda.h; words of a CUlaunchConfig and of a CUlaunchAttribute; that a launch may start early.
 _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6
+_CONFIG_WORDS, _ATTRIBUTE_WORDS = 7, 9
+_EARLY = (_PROGRAMMATIC_STREAM_SERIALIZATION, 1)
+#: The first driver that can capture such launches in a CUDA graph, too.
+_EARLY_DRIVER = 12030
 
 
 class Kernel:
@@ -41,23 +45,25 @@ class Kernel:
         if self._launch_early is None:
             self._launch(self._handle, grid, 1, 1, self._threads, 1, 1, self._shared_bytes, stream, address, 0)
             return
-        shape = _early(grid, self._threads, self._shared_bytes, stream, cluster)
-        code = self._launch_early(shape.buffer_info()[0], self._handle, address, 0)
+        shape = _early(self._threads, self._shared_bytes, cluster, _starts_early())[:]
+        own = shape.buffer_info()[0]
+        shape[0], shape[4], shape[5] = grid | 1 << 32, stream, own + _CONFIG_WORDS * shape.itemsize
+        code = self._launch_early(own, self._handle, address, 0)
         if code:
             raise RuntimeError(
                 f"cuLaunchKernelEx failed with CUDA error {code}: {grid} blocks, {self._threads} threads"
             )
 
 
-def _early(grid: int, threads: int, shared_bytes: int, stream: int, cluster: int) -> Words:
-    """A CUlaunchConfig of cuda.h, and behind it its attributes: an early start, and the blocks of a cluster."""
-    words = array.array(
-        "Q", (grid | 1 << 32, 1 | threads << 32, 1 | 1 << 32, shared_bytes, stream, 0, 1 + (cluster > 1))
-    )
-    words.extend((_PROGRAMMATIC_STREAM_SERIALIZATION, 1, 0, 0, 0, 0, 0, 0, 0))
-    if cluster > 1:
-        words.extend((_CLUSTER_DIMENSION, cluster | 1 << 32, 1, 0, 0, 0, 0, 0, 0))
-    words[5] = words.buffer_info()[0] + 7 * words.itemsize
+@functools.cache
+def _early(threads: int, shared_bytes: int, cluster: int, early: bool) -> Words:
+    """A CUlaunchConfig of cuda.h without its grid, stream and place, and behind it its attributes: an early start, and
+    the blocks of a cluster.
+    """
+    attributes = [_EARLY] * early + [(_CLUSTER_DIMENSION, cluster | 1 << 32, 1)] * (cluster > 1)
+    words = array.array("Q", (0, 1 | threads << 32, 1 | 1 << 32, shared_bytes, 0, 0, len(attributes)))
+    for attribute in attributes:
+        words.extend((*attribute, *(0,) * (_ATTRIBUTE_WORDS - len(attribute))))
     return words
 
 
@@ -73,6 +79,11 @@ def _driver() -> Any:
     from cupy.cuda import driver
 
     return driver
+
+
+@functools.cache
+def _starts_early() -> bool:
+    return bool(import_cupy().cuda.runtime.driverGetVersion() >= _EARLY_DRIVER)
 
 
 @functools.cache

@@ -61,8 +61,9 @@ def test_the_driver_finds_the_argument(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("cluster", [1, 4])
-def test_a_kernel_that_overlaps_starts_early(monkeypatch: pytest.MonkeyPatch, cluster: int) -> None:
-    """The driver finds the shape of the launch, and that it may start before earlier ones have ended."""
+@pytest.mark.parametrize("early", [True, False])
+def test_a_kernel_that_overlaps_starts_early(monkeypatch: pytest.MonkeyPatch, cluster: int, early: bool) -> None:
+    """The driver finds the shape of the launch, and that it may start before earlier ones end, if it knows how."""
     config, found = DecodeConfig(64, 64, "full", "float16", "sm_90a", 1), []
 
     def launch_ex(shape: int, function: int, pointers: int, extra: int) -> int:
@@ -75,11 +76,12 @@ def test_a_kernel_that_overlaps_starts_early(monkeypatch: pytest.MonkeyPatch, cl
 
     monkeypatch.setattr(launch, "_driver", lambda: SimpleNamespace(launchKernel=None))
     monkeypatch.setattr(launch, "_launch_ex", lambda: launch_ex)
+    monkeypatch.setattr(launch, "_starts_early", lambda: early)
     kernel = launch.Kernel(config, SimpleNamespace(kernel=SimpleNamespace(ptr=5)))
     params = Params(1 << 40, -1, b"text", 7)
     kernel.launch(8, launch.words_of(bytes(params)), 9, cluster)
     shape = [8 | 1 << 32, 1 | config.threads << 32, 1 | 1 << 32, config.shared_bytes, 9]
-    attributes = [[6, 1, 0], [4, 4 | 1 << 32, 1]][: 1 + (cluster > 1)]
+    attributes = [[6, 1, 0]] * early + [[4, 4 | 1 << 32, 1]] * (cluster > 1)
     assert found == [(5, 0, shape, attributes, bytes(params))]
     with pytest.raises(RuntimeError, match="CUDA error 1: 8 blocks"):
         kernel.launch(8, launch.words_of(bytes(params)), 9, cluster)

@@ -51,7 +51,7 @@ def stubbed() -> Iterator[None]:
         patch.multiple(replay, encode=encode_emulated, _bind=lambda index: None, _stream=lambda torch, index: 0),
         patch.object(replay, "loaded", lambda config, index: launch.Kernel(config, function)),
         patch.object(launch, "_driver", lambda: driver),
-        patch.object(launch, "_launch_ex", lambda: lambda *arguments: 0),
+        patch.multiple(launch, _launch_ex=lambda: lambda *arguments: 0, _starts_early=lambda: True),
         patch.object(emulator, "run", lambda launches: None),
         patch.dict(os.environ, {env.BACKEND: "emulator:sm_90a"}),
     ):
