@@ -17,7 +17,7 @@ __all__ = ["device_architecture", "device_count", "launch_kernel", "loaded", "pr
 Words: TypeAlias = "array.array[int]"
 
 _load_lock = threading.Lock()
-#: Of CUlaunchAttributeID in cuda.h; words of a CUlaunchConfig and of a CUlaunchAttribute; that a launch may start early.
+#: Of CUlaunchAttributeID in cuda.h; words of a CUlaunchConfig and a CUlaunchAttribute; that a launch may start early.
 _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6
 _CONFIG_WORDS, _ATTRIBUTE_WORDS = 7, 9
 _EARLY = (_PROGRAMMATIC_STREAM_SERIALIZATION, 1)
