@@ -193,12 +193,7 @@ class Attend:
         tiles = self.tiles_of(config.row_tile, problem.group)
         groups = problem.batch * problem.key_heads * tiles
         chunks = max(1, contract.chunk_count(self.key_length))
-        key_tiles = max(1, -(-self.key_length // config.key_tile))
-        if groups * key_tiles > LARGEST_GRID:
-            raise ValueError(
-                f"q: got {groups * key_tiles} tiles of {config.row_tile} rows and {config.key_tile} keys, expected at "
-                f"most {LARGEST_GRID} where few rows or num_splits are given"
-            )
+        key_tiles = self._key_tiles(config, groups)
         if problem.num_splits is not None:
             blocks = problem.num_splits * groups
         else:
@@ -233,6 +228,16 @@ class Attend:
             return [replace(forward, cluster=pieces)]
         return [forward, *self._combine(slots, partials, scratch)]
 
+    def _key_tiles(self, config: DecodeConfig | ForwardSm90Config | ColumnsConfig, groups: int) -> int:
+        """Tiles of keys, which blocks count through for all groups of rows, by 32 bits."""
+        key_tiles = max(1, -(-self.key_length // config.key_tile))
+        if groups * key_tiles > LARGEST_GRID:
+            raise ValueError(
+                f"q: got {groups * key_tiles} tiles of {config.row_tile} rows and {config.key_tile} keys, expected at "
+                f"most {LARGEST_GRID} for few rows, num_splits or partial results"
+            )
+        return key_tiles
+
     def partials(self, partials: dict[str, Tensor], first_chunk: int) -> Launch:
         config = configs.columns(*self._shape, self.paged, split=True)
         problem = self.problem
@@ -241,6 +246,7 @@ class Attend:
         chunks = partials["sum"].shape[0]
         rows = problem.batch * problem.query_heads * problem.query_length
         groups = problem.batch * problem.key_heads * self.params.query_tiles
+        self._key_tiles(config, groups)
         params = partial_params(partials, chunks, rows, first_chunk=first_chunk)
         grid = min(groups * chunks, self.target.processors * config.blocks_per_multiprocessor)
         launch = self._launch(config, grid, SplitParams(self.params, params), config.row_tile)

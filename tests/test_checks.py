@@ -21,7 +21,7 @@ from cuattn import checks
 from cuattn.checks import arrays, outputs
 from cuattn.interop import Device, Tensor, import_tensor
 from cuattn.launches import Target
-from cuattn.schedule import plan_forward
+from cuattn.schedule import plan_forward, plan_partials
 from cuattn.testing.subject import Operation
 
 CUDA = Device("cuda", 0)
@@ -165,6 +165,18 @@ class TestShapes:
         lse = dataclasses.replace(problem.query, shape=problem.query.shape[:3])
         with pytest.raises(ValueError, match=r"^q: got \d{10} tiles of \d+ rows, expected at most 2147483647$"):
             plan_forward(problem, problem.query, lse, Target("sm_80", 108), lambda *_: pytest.fail("allocated"))
+
+    @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+    def test_more_tiles_of_keys_than_blocks_count(self, arch: str) -> None:
+        q, k = (torch.zeros(1, 1, 1, 64, dtype=torch.float16).expand(2**10, 2**6, n, 64) for n in (1, 2**23))
+        problem = checks.check_attention(q, k, k, "full", None, None, "bhsd", None)
+        lse = dataclasses.replace(problem.query, shape=problem.query.shape[:3])
+        target, allocate = Target(arch, 108), lambda *_: pytest.fail("allocated")
+        error = r"^q: got \d{10} tiles of \d+ rows and 128 keys, expected at most 2147483647 for few rows"
+        with pytest.raises(ValueError, match=error):
+            plan_forward(problem, problem.query, lse, target, allocate)
+        with pytest.raises(ValueError, match=error):
+            plan_partials(problem, {"sum": lse}, 0, 2**23, target)
 
 
 class TestOptions:
