@@ -202,7 +202,7 @@ class Bug(NamedTuple):
 
 
 KERNEL, BLOCK = "decode_sm90.cuh", "attn/decode_block.cuh"
-WEIGHTS, OUTPUTS = "attn/decode_weights.cuh", "attn/decode_outputs.cuh"
+WEIGHTS, OUTPUTS, SUMS = (f"attn/decode_{name}.cuh" for name in ("weights", "outputs", "sums"))
 CLUSTER = Decode(keys=1300, num_splits=3)
 PAGED = Decode(keys=400, lengths=(390,), page_size=16)
 UNORDERED = "race|under way|never written|has not been waited for|asynchronous proxy"
@@ -230,6 +230,7 @@ BUGS = {
     "weights are read before they are there": Bug(
         WEIGHTS, "                weights_.meet();\n", "", f"{UNORDERED}|barrier|deadlock"
     ),
+    "the same weights are used again": Bug(OUTPUTS, "        weights_.next();\n", "", UNORDERED),
     "weights are overwritten while others read them": Bug(BLOCK, "slot_ ^= 1;", "", UNORDERED),
     "outputs are normalised before it is known how": Bug(
         OUTPUTS,
@@ -275,7 +276,7 @@ BUGS = {
         "before the wait for earlier launches",
         Decode(keys=1300, lengths=(700,)),
     ),
-    "sums forget to be rescaled": Bug(OUTPUTS, "sum = __fmul_rn(sum, load_number(weights.rescale[row]));", "", None),
+    "sums forget to be rescaled": Bug(SUMS, "sum = __fmul_rn(sum, load_number(weights.rescale[row]));", "", None),
     "a box of another page": Bug("attn/key_copies.cuh", "batch = page_;", "batch = next_page_;", None, PAGED),
     "keys beyond a row's are seen": Bug(WEIGHTS, "if (first + i >= visible)", "if (first + i > visible)", None),
 }

@@ -43,7 +43,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of kernel sources and an empty cache of its own, both set by their environment variables."""
     folder = tmp_path / "kernels"
     (folder / "common").mkdir(parents=True)
-    for name in ("forward_sm80", "forward_sm90", *OTHERS):
+    for name in ("forward_sm80", "forward_sm90", "decode_sm90", *OTHERS):
         (folder / f"{name}.cuh").write_text(KERNEL.replace("forward_sm80", name))
     (folder / "beside.cuh").write_text("__device__ float beside() { return 2.0f; }\n")
     (folder / "common" / "value.cuh").write_text('#include "nested.cuh"\n__device__ float value() { return nested; }\n')

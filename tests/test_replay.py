@@ -26,6 +26,7 @@ class Launched(NamedTuple):
     grid: int
     argument: bytes
     stream: int
+    cluster: int
 
 
 class Stub:
@@ -39,8 +40,8 @@ class Stub:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def launch(self, grid: int, words: Words, stream: int) -> None:
-        self.launched.append(Launched(self.config, grid, words[1:].tobytes(), stream))
+    def launch(self, grid: int, words: Words, stream: int, cluster: int) -> None:
+        self.launched.append(Launched(self.config, grid, words[1:].tobytes(), stream, cluster))
 
 
 class Machine:
@@ -140,7 +141,9 @@ def test_a_call_of_the_same_form_is_launched_as_planned(machine: Machine, name: 
     planned, known = machine.planned.copy(), remembered()
     second = CALLS[name]()
     assert machine.planned == planned, "the second call is not planned"
-    assert [(x.config, x.grid, x.stream) for x in machine.launched] == [(x.config, x.grid, 7) for x in planned]
+    assert [(x.config, x.grid, x.stream, x.cluster) for x in machine.launched] == [
+        (x.config, x.grid, 7, x.cluster) for x in planned
+    ]
     for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (first, second)), strict=True):
         assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
     replay.forget()
