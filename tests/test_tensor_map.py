@@ -231,8 +231,8 @@ def test_launched_kernels_find_their_maps(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(launch, "loaded", lambda config, index: Kernel())
     one, _, _ = planned()
     launch.launch_kernel(one, 0, 7)
-    ((grid, words, stream),) = launched
-    assert (grid, stream, len(driver.calls)) == (1, 7, 2)
+    ((grid, words, stream, cluster),) = launched
+    assert (grid, stream, cluster, len(driver.calls)) == (1, 7, 1, 2)
     value, key = bytes([1]) * 128, bytes([2]) * 128
     assert words[1:].tobytes() == key + value + bytes(one.params)[256:]
 
