@@ -153,12 +153,10 @@ class Attend:
     ) -> Launch:
         """The copy engine reads keys and values through maps of them where they lie in one piece; where they do not, or
         there is no such map, threads read them."""
-        maps = self._boxes(config.key_tile)
-        if isinstance(config, ForwardSm90Config):
-            if self.problem.paged:
-                maps = {}
-            if self.paged or not maps:
-                config = replace(config, ragged=True, paged=True)
+        pages = self.problem.paged and isinstance(config, ForwardSm90Config)  # whose rows threads read
+        maps = {} if pages else self._boxes(config.key_tile)
+        if isinstance(config, ForwardSm90Config) and (self.paged or not maps):
+            config = replace(config, ragged=True, paged=True)
         finished = {}
         if config.merged_floats and contract.chunk_count(self.key_length) > 1:
             finished["merged"] = allocate((blocks, config.merged_floats), "float32")

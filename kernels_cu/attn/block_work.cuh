@@ -1,4 +1,4 @@
-// What a block of forward_sm90 computes. For few rows any range of the chunks of any rows (work.cuh); for many rows some of
+// What a block of Hopper's kernels computes. For few rows any range of the chunks of any rows (work.cuh); for many rows some of
 // the items: a tile of rows with all of their chunks or, where blocks share a tile, a piece of them.
 #pragma once
 
