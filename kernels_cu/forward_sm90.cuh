@@ -95,15 +95,16 @@ class Consumer {
             if (block.first + 1 == end) release_queries();
             at_ = at_.next();
             float rescale[2];
-            weigh(work, block.first, seen_by_all, rescale);
+            hide(work, block.first, seen_by_all);
+            softmax_tile(score_, rows_, params_.factor, rescale);
             Products::pack(weight_, score_);
+            wait_filled();
         } else {
             release_queries();
         }
 #pragma unroll 1
         for (int tile = block.first + 1; tile < end; ++tile) {
             const At keys = at_;
-            wait_filled();
             take_turn();
             ptx::wgmma_fence();
             multiply_keys();
@@ -118,13 +119,12 @@ class Consumer {
             const bool starts_chunk = tile * key_tile == chunk_end;
             RowStatistics finished = rows_;
             if (starts_chunk) rows_.reset();
+            hide(work, tile, seen_by_all);
             float rescale[2];
-            weigh(work, tile, seen_by_all, rescale);
-            ptx::wgmma_wait_after<0>(fminf(rows_.sum[0], rows_.sum[1]), query_);
-            ptx::wgmma_hold(out_);
+            weigh_beside_products(rescale);
             release(at_);
             at_ = at_.next();
-            Products::pack(weight_, score_);
+            wait_filled();
             adds = !starts_chunk;
             if (starts_chunk) {
                 finish_chunk(work, chunk++, finished);
@@ -279,8 +279,31 @@ class Consumer {
     }
     __device__ __forceinline__ u32 slot() const { return ring_.slots + at_.slot * (slot_elements * 2); }
 
-    // From scores to weights; what was accumulated must be multiplied with `rescale`.
-    __device__ __forceinline__ void weigh(const Work& work, int tile, int seen_by_all, float (&rescale)[2]) {
+    // softmax_tile and the packed weights, which take the place of those that a product under way reads: it is waited for when
+    // half of the exponentials are there. They take longest, and the sums and packed weights of the first half are made in the
+    // shadow of the second.
+    __device__ __forceinline__ void weigh_beside_products(float (&rescale)[2]) {
+        constexpr int all = key_tile / 8, half = all / 2;
+        const float factor = params_.factor;
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+            rescale[row] = raise_reference(score_, row, rows_, factor);
+            make_weights<0, half>(score_, row, rows_, factor);
+        }
+        ptx::wgmma_wait_after<0>(score_[half - 1][3], query_);
+        ptx::wgmma_hold(out_);
+#pragma unroll
+        for (int row = 0; row < 2; ++row) make_weights<half, all>(score_, row, rows_, factor);
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+            rows_.sum[row] = known_behind(__fmul_rn(rows_.sum[row], rescale[row]), score_[half - 1][3]);
+            add_weights<0, all>(score_, row, rows_);
+        }
+        Products::pack(weight_, score_);
+    }
+
+    // Scores of keys that a row does not see become -inf.
+    __device__ __forceinline__ void hide(const Work& work, int tile, int seen_by_all) {
         if (params_.negate_scores) {
 #pragma unroll
             for (int b = 0; b < key_tile / 8; ++b) {
@@ -296,7 +319,6 @@ class Consumer {
                          work.sequence.visible_keys((row + 8) / params_.group) - first_key},
                         lane());
         }
-        softmax_tile(score_, rows_, params_.factor, rescale);
     }
 
     const ForwardSm90Params& call_;

@@ -60,9 +60,44 @@ __device__ __forceinline__ float raise_reference(float& reference, float largest
     return ptx::exp2_approx(__fsub_rn(before, reference));
 }
 
+// `x`, but not before `y` is known, a result of exp2_approx: the compiler has an order of its own otherwise. It does not know
+// that these are never this number, -2^-149.
+__device__ __forceinline__ float known_behind(float x, float y) { return __float_as_uint(y) == 0x80000001u ? y : x; }
+
 // 2^(factor * score - reference)
 __device__ __forceinline__ float weight_of(float score, float factor, float reference) {
     return ptx::exp2_approx(__fmaf_rn(score, factor, -reference));
+}
+
+// What softmax_tile does, in parts, each for one of the lane's two rows: (1) the reference under which the weights are, (2)
+// weights of blocks [first, end) instead of scores, (3) their sum, in ascending column order. (1) returns what everything
+// accumulated under the old reference must be multiplied with.
+template <int blocks>
+__device__ __forceinline__ float raise_reference(const float (&score)[blocks][4], int row, RowStatistics& rows,
+                                                 float factor) {
+    float largest = -infinity;
+#pragma unroll
+    for (int b = 0; b < blocks; ++b) {
+        largest = fmaxf(largest, fmaxf(score[b][2 * row], score[b][2 * row + 1]));
+    }
+    return raise_reference(rows.reference[row], quad_max(largest), factor);
+}
+template <int first, int end, int blocks>
+__device__ __forceinline__ void make_weights(float (&score)[blocks][4], int row, const RowStatistics& rows,
+                                             float factor) {
+#pragma unroll
+    for (int b = first; b < end; ++b) {
+#pragma unroll
+        for (int c = 2 * row; c < 2 * row + 2; ++c) score[b][c] = weight_of(score[b][c], factor, rows.reference[row]);
+    }
+}
+template <int first, int end, int blocks>
+__device__ __forceinline__ void add_weights(const float (&weight)[blocks][4], int row, RowStatistics& rows) {
+#pragma unroll
+    for (int b = first; b < end; ++b) {
+#pragma unroll
+        for (int c = 2 * row; c < 2 * row + 2; ++c) rows.sum[row] = __fadd_rn(rows.sum[row], weight[b][c]);
+    }
 }
 
 // Turns scores into weights 2^(factor * score - reference) under the new reference, adds them to the lane's sums in
@@ -73,23 +108,10 @@ __device__ __forceinline__ void softmax_tile(float (&score)[blocks][4], RowStati
                                              float (&rescale)[2]) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-        float largest = -infinity;
-#pragma unroll
-        for (int b = 0; b < blocks; ++b) {
-            largest = fmaxf(largest, fmaxf(score[b][2 * row], score[b][2 * row + 1]));
-        }
-        rescale[row] = raise_reference(rows.reference[row], quad_max(largest), factor);
-        const float reference = rows.reference[row];
-        float sum = __fmul_rn(rows.sum[row], rescale[row]);
-#pragma unroll
-        for (int b = 0; b < blocks; ++b) {
-#pragma unroll
-            for (int c = 2 * row; c < 2 * row + 2; ++c) {
-                score[b][c] = weight_of(score[b][c], factor, reference);
-                sum = __fadd_rn(sum, score[b][c]);
-            }
-        }
-        rows.sum[row] = sum;
+        rescale[row] = raise_reference(score, row, rows, factor);
+        rows.sum[row] = __fmul_rn(rows.sum[row], rescale[row]);
+        make_weights<0, blocks>(score, row, rows, factor);
+        add_weights<0, blocks>(score, row, rows);
     }
 }
 

@@ -22,12 +22,13 @@ __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 
-// The same, but not before `x`, which is not negative, is known: ptxas would wait at once, and nothing would run beside the
+// The same, but not before `x` is known, which is not -2^-149: ptxas would wait at once, and nothing would run beside the
 // products. A store that never happens holds it up; `address` may be any of shared memory.
 template <int pending>
 __device__ __forceinline__ void wgmma_wait_after(float x, u32 address) {
     asm volatile(
-        "{\n.reg .pred never;\nsetp.lt.f32 never, %0, 0fBF800000;\n@never st.volatile.shared.f32 [%1], %0;\n}" ::"f"(x),
+        "{\n.reg .pred never;\nsetp.eq.u32 never, %0, 0x80000001;\n@never st.volatile.shared.u32 [%1], %0;\n}" ::"r"(
+            __float_as_uint(x)),
         "r"(address)
         : "memory");
     wgmma_wait<pending>();
