@@ -20,10 +20,12 @@
 #include <attn/ring.cuh>
 #include <attn/rows.cuh>
 #include <attn/softmax.cuh>
+#include <attn/softmax_sm90.cuh>
 #include <attn/work.cuh>
 #include <common/types.cuh>
 #include <ptx/cp_async.cuh>
 #include <ptx/grid.cuh>
+#include <ptx/ldmatrix.cuh>
 #include <ptx/mbarrier.cuh>
 #include <ptx/memory.cuh>
 #include <ptx/tma.cuh>
@@ -45,7 +47,7 @@ class Consumer {
           queries_filled_(ptx::shared_address(&shared.queries_filled[number])),
           queries_free_(ptx::shared_address(&shared.queries_free[number])),
           merged_rows_(ptx::shared_address(shared.merged[number * 4 + warp()])) {
-        if (consumers > 1 && number == consumers - 1) pass_turn();  // the first warpgroup has the first turn
+        if (number == consumers - 1) pass_turn();  // the first warpgroup has the first turn
     }
 
     // Computes the chunks of `work` for this warpgroup's rows, and stores the results, or partial results.
@@ -71,10 +73,16 @@ class Consumer {
             ptx::fence_async_proxy();
             meet();
         }
+#pragma unroll
+        for (int k = 0; k < held_queries; ++k) {
+            ptx::ldmatrix_x4(held_[k], query_ + QueryTile::offset(warp() * 16 + (lane() & 15), 2 * k + (lane() >> 4)));
+        }
+        __syncwarp();  // all lanes have them
+        release_queries(true);
     }
-    // This warp's products with them are done.
-    __device__ __forceinline__ void release_queries() const {
-        if (fetches_queries && lane() == 0) ptx::mbarrier_arrive(queries_free_);
+    // What is in shared memory is not needed any more: early where registers hold all of it, else behind the last product.
+    __device__ __forceinline__ void release_queries(bool early) const {
+        if (fetches_queries && early == holds_queries && lane() == 0) ptx::mbarrier_arrive(queries_free_);
     }
 
     // Of the block's tiles those before `end` concern this warpgroup.
@@ -92,7 +100,7 @@ class Consumer {
             ptx::wgmma_wait<0>();
             ptx::wgmma_hold(score_);
             release(at_);
-            if (block.first + 1 == end) release_queries();
+            if (block.first + 1 == end) release_queries(false);
             at_ = at_.next();
             float rescale[2];
             hide(work, block.first, seen_by_all);
@@ -100,7 +108,7 @@ class Consumer {
             Products::pack(weight_, score_);
             wait_filled();
         } else {
-            release_queries();
+            release_queries(false);
         }
 #pragma unroll 1
         for (int tile = block.first + 1; tile < end; ++tile) {
@@ -115,13 +123,13 @@ class Consumer {
             ptx::wgmma_wait<1>();
             ptx::wgmma_hold(score_);
             release(keys);
-            if (tile + 1 == end) release_queries();
+            if (tile + 1 == end) release_queries(false);
             const bool starts_chunk = tile * key_tile == chunk_end;
             RowStatistics finished = rows_;
             if (starts_chunk) rows_.reset();
             hide(work, tile, seen_by_all);
             float rescale[2];
-            weigh_beside_products(rescale);
+            softmax_beside_product<Products>(score_, weight_, out_, rows_, params_.factor, rescale, query_);
             release(at_);
             at_ = at_.next();
             wait_filled();
@@ -187,10 +195,10 @@ class Consumer {
 
     // Named barriers: each warpgroup's turn, and each warpgroup's own.
     __device__ __forceinline__ void take_turn() const {
-        if (consumers > 1) ptx::barrier_sync<2 * warpgroup>(1 + number_);
+        if (takes_turns) ptx::barrier_sync<2 * warpgroup>(1 + number_);
     }
     __device__ __forceinline__ void pass_turn() const {
-        if (consumers > 1) ptx::barrier_arrive<2 * warpgroup>(1 + (number_ + 1) % consumers);
+        if (takes_turns) ptx::barrier_arrive<2 * warpgroup>(1 + (number_ + 1) % consumers);
     }
     __device__ __forceinline__ void meet() const { ptx::barrier_sync<warpgroup>(1 + consumers + number_); }
 
@@ -272,35 +280,12 @@ class Consumer {
         return Merged(merged_rows_, call_.merged + place * Merged::out_floats);
     }
 
-    __device__ __forceinline__ void multiply_keys() { Products::multiply_keys(score_, query_, slot()); }
+    __device__ __forceinline__ void multiply_keys() { Products::multiply_keys(score_, held_, query_, slot()); }
     __device__ __forceinline__ void multiply_values(bool adds) {
         ptx::wgmma_fence();
         Products::multiply_values(out_, weight_, slot(), adds);
     }
     __device__ __forceinline__ u32 slot() const { return ring_.slots + at_.slot * (slot_elements * 2); }
-
-    // softmax_tile and the packed weights, which take the place of those that a product under way reads: it is waited for when
-    // half of the exponentials are there. They take longest, and the sums and packed weights of the first half are made in the
-    // shadow of the second.
-    __device__ __forceinline__ void weigh_beside_products(float (&rescale)[2]) {
-        constexpr int all = key_tile / 8, half = all / 2;
-        const float factor = params_.factor;
-#pragma unroll
-        for (int row = 0; row < 2; ++row) {
-            rescale[row] = raise_reference(score_, row, rows_, factor);
-            make_weights<0, half>(score_, row, rows_, factor);
-        }
-        ptx::wgmma_wait_after<0>(score_[half - 1][3], query_);
-        ptx::wgmma_hold(out_);
-#pragma unroll
-        for (int row = 0; row < 2; ++row) make_weights<half, all>(score_, row, rows_, factor);
-#pragma unroll
-        for (int row = 0; row < 2; ++row) {
-            rows_.sum[row] = known_behind(__fmul_rn(rows_.sum[row], rescale[row]), score_[half - 1][3]);
-            add_weights<0, all>(score_, row, rows_);
-        }
-        Products::pack(weight_, score_);
-    }
 
     // Scores of keys that a row does not see become -inf.
     __device__ __forceinline__ void hide(const Work& work, int tile, int seen_by_all) {
@@ -332,6 +317,7 @@ class Consumer {
     Products::Scores score_;
     Products::Out out_;
     Products::Weights weight_;
+    Products::Queries held_;
 };
 
 // Fills the ring for all works of the block.

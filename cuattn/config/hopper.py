@@ -20,8 +20,10 @@ LARGEST_OF_FEW_ROWS = 128
 ROW_BLOCK, VALUE_WARPS = 8, 4
 #: Room in which its warps tell each other what comes first.
 START_BYTES = 40 * 4 * 32
-#: More slots than this do not hide more latency.
-MOST_SLOTS = 8
+#: What a consumer's thread needs besides outputs, scores, weights and queries: found by trying. The most that it can have.
+OTHER_REGISTERS, MOST_REGISTERS = 40, 255
+#: More slots than this do not hide more latency; with fewer, two warpgroups half a step apart leave none to be filled.
+MOST_SLOTS, FEWEST_SLOTS = 8, 4
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class ForwardSm90Config(KernelConfig):
             "split": self.split,
             "few": self.few,
             "key_tile": self.key_tile,
+            "held_queries": self.held_queries,
             "consumers": self.consumers,
             "ring_slots": self.ring_slots,
             "merged_in_shared": self.merged_in_shared,
@@ -123,6 +126,15 @@ class ForwardSm90Config(KernelConfig):
         return left // self.consumers // REGISTER_UNIT * REGISTER_UNIT
 
     @property
+    def held_queries(self) -> int:
+        """Groups of 16 columns of a warpgroup's queries that stay in registers, 4 of a thread for each."""
+        if self.paged:
+            return 0  # places of keys are kept there
+        products = self.value_columns // 2 + self.key_tile // 2 + self.key_tile // 4  # outputs, scores and packed weights
+        free = min(self.consumer_registers, MOST_REGISTERS) - products - OTHER_REGISTERS
+        return max(0, min(free // 4, -(-self.head_dim // 16)))
+
+    @property
     def merged_floats(self) -> int:
         """Of a block's workspace for finished chunks."""
         return 0 if self.merged_in_shared else self.row_tile * self.value_columns
@@ -144,7 +156,7 @@ class ForwardSm90Config(KernelConfig):
     def _shape(self) -> tuple[int, bool, int]:
         """(consumer warpgroups, whether finished chunks are in shared memory, slots): the first that fits."""
         for consumers, merged in self._candidates():
-            for slots in range(MOST_SLOTS, 2, -1):
+            for slots in range(MOST_SLOTS, FEWEST_SLOTS - 1, -1):
                 if self._bytes(consumers, merged, slots) <= ARCHITECTURES[self.arch]:
                     return consumers, merged, slots
         raise AssertionError(f"{self}: no shape fits into memory")  # every head dim fits: tested

@@ -15,7 +15,7 @@
 namespace cuattn {
 
 using config::head_dim, config::value_dim, config::tile_dim, config::value_tile_dim, config::key_tile,
-    config::consumers, config::ring_slots, config::value_columns, config::split;
+    config::consumers, config::ring_slots, config::value_columns, config::split, config::held_queries;
 
 static_assert(config::contract_version == 1, "this file implements version 1 of docs/numerics.md");
 static_assert(head_dim % 8 == 0 && value_dim % 8 == 0 && value_dim <= value_columns && value_columns <= value_tile_dim);
@@ -29,12 +29,15 @@ constexpr bool moves_registers = consumers > 1;  // else there are as many as a 
 constexpr int widest = tile_dim > value_tile_dim ? tile_dim : value_tile_dim;
 constexpr int slot_elements = key_tile * widest;
 constexpr int query_elements = group_rows * tile_dim;
+// Warpgroups take turns at products. Causal ones of three need different tiles, and would wait for turns of the others.
+constexpr bool takes_turns = consumers == 2 || (consumers == 3 && !config::causal);
+constexpr bool holds_queries = held_queries * 16 >= head_dim;  // all of them in registers
 
 using QueryTile = Tile<tile_dim, 2, group_rows>;
 using KeyTile = Tile<tile_dim, 2, key_tile>;
 using ValueTile = Tile<value_tile_dim, 2, key_tile>;
 using Merged = MergedChunks<value_columns / 8, config::merged_in_shared>;
-using Products = WarpgroupProducts<config::bfloat16, head_dim, value_columns, key_tile>;
+using Products = WarpgroupProducts<config::bfloat16, head_dim, held_queries, value_columns, key_tile>;
 using At = RingPlace<ring_slots>;
 
 struct SharedMemory {

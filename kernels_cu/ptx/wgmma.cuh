@@ -66,13 +66,14 @@ __device__ __forceinline__ void wgmma_hold(float (&d)[blocks][4]) {
                  ", %" #b ", add, 1, 1, 0, 0;\n}"                                                               \
                  : results                                                                                      \
                  : "l"(left), "l"(right), "r"(int(accumulate)))
-#define CUATTN_REGISTER(columns, registers, results, a0, a1, a2, a3, b, add, type)                                \
+#define CUATTN_REGISTER(columns, registers, results, a0, a1, a2, a3, b, add, trans, type)                         \
     asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #add                                                    \
                  ", 0;\n"                                                                                         \
                  "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type " {" registers "}, {%" #a0 \
-                 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b ", add, 1, 1, 1;\n}"                                     \
+                 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b ", add, 1, 1, %" #trans ";\n}"                           \
                  : results                                                                                        \
-                 : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right), "r"(int(accumulate)))
+                 : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right), "r"(int(accumulate)),      \
+                   "n"(int(right_columns)))
 
 // d (64 x 8 blocks) = left (64 x 16) * right^T (8 blocks x 16), both tiles' rows; or added to d where `accumulate`.
 template <bool bfloat16, int blocks>
@@ -91,46 +92,46 @@ __device__ __forceinline__ void wgmma_shared(float (&d)[blocks][4], u64 left, u6
     }
 }
 
-// The same with the left operand in registers, as mma.cuh has it, and the right one (16 x 8 blocks) a tile's columns.
-template <bool bfloat16, int blocks>
+// The same with the left operand in registers, as mma.cuh has it, and the right one a tile's columns (16 x 8 blocks) or rows.
+template <bool bfloat16, bool right_columns, int blocks>
 __device__ __forceinline__ void wgmma_registers(float (&d)[blocks][4], const u32 (&left)[4], u64 right,
                                                 bool accumulate) {
     static_assert(blocks == 8 || blocks == 12 || blocks == 16 || blocks == 24 || blocks == 32,
                   "shapes that kernels use");
     if constexpr (blocks == 8 && bfloat16) {
-        CUATTN_REGISTER(64, CUATTN_REGISTERS_0, CUATTN_LIST(CUATTN_BLOCKS_8(0)), 32, 33, 34, 35, 36, 37, "bf16");
+        CUATTN_REGISTER(64, CUATTN_REGISTERS_0, CUATTN_LIST(CUATTN_BLOCKS_8(0)), 32, 33, 34, 35, 36, 37, 38, "bf16");
     } else if constexpr (blocks == 8) {
-        CUATTN_REGISTER(64, CUATTN_REGISTERS_0, CUATTN_LIST(CUATTN_BLOCKS_8(0)), 32, 33, 34, 35, 36, 37, "f16");
+        CUATTN_REGISTER(64, CUATTN_REGISTERS_0, CUATTN_LIST(CUATTN_BLOCKS_8(0)), 32, 33, 34, 35, 36, 37, 38, "f16");
     } else if constexpr (blocks == 12 && bfloat16) {
         CUATTN_REGISTER(96, CUATTN_REGISTERS_0 CUATTN_REGISTERS_32, CUATTN_LIST(CUATTN_BLOCKS_8(0), CUATTN_BLOCKS_4(8)),
-                        48, 49, 50, 51, 52, 53, "bf16");
+                        48, 49, 50, 51, 52, 53, 54, "bf16");
     } else if constexpr (blocks == 12) {
         CUATTN_REGISTER(96, CUATTN_REGISTERS_0 CUATTN_REGISTERS_32, CUATTN_LIST(CUATTN_BLOCKS_8(0), CUATTN_BLOCKS_4(8)),
-                        48, 49, 50, 51, 52, 53, "f16");
+                        48, 49, 50, 51, 52, 53, 54, "f16");
     } else if constexpr (blocks == 16 && bfloat16) {
         CUATTN_REGISTER(128, CUATTN_REGISTERS_0 CUATTN_REGISTERS_32 CUATTN_REGISTERS_48,
-                        CUATTN_LIST(CUATTN_BLOCKS_8(0), CUATTN_BLOCKS_8(8)), 64, 65, 66, 67, 68, 69, "bf16");
+                        CUATTN_LIST(CUATTN_BLOCKS_8(0), CUATTN_BLOCKS_8(8)), 64, 65, 66, 67, 68, 69, 70, "bf16");
     } else if constexpr (blocks == 16) {
         CUATTN_REGISTER(128, CUATTN_REGISTERS_0 CUATTN_REGISTERS_32 CUATTN_REGISTERS_48,
-                        CUATTN_LIST(CUATTN_BLOCKS_8(0), CUATTN_BLOCKS_8(8)), 64, 65, 66, 67, 68, 69, "f16");
+                        CUATTN_LIST(CUATTN_BLOCKS_8(0), CUATTN_BLOCKS_8(8)), 64, 65, 66, 67, 68, 69, 70, "f16");
     } else if constexpr (blocks == 24 && bfloat16) {
         CUATTN_REGISTER(192, CUATTN_REGISTERS_0 CUATTN_REGISTERS_32 CUATTN_REGISTERS_48 CUATTN_REGISTERS_64,
                         CUATTN_LIST(CUATTN_BLOCKS_8(0), CUATTN_BLOCKS_8(8), CUATTN_BLOCKS_8(16)), 96, 97, 98, 99, 100,
-                        101, "bf16");
+                        101, 102, "bf16");
     } else if constexpr (blocks == 24) {
         CUATTN_REGISTER(192, CUATTN_REGISTERS_0 CUATTN_REGISTERS_32 CUATTN_REGISTERS_48 CUATTN_REGISTERS_64,
                         CUATTN_LIST(CUATTN_BLOCKS_8(0), CUATTN_BLOCKS_8(8), CUATTN_BLOCKS_8(16)), 96, 97, 98, 99, 100,
-                        101, "f16");
+                        101, 102, "f16");
     } else if constexpr (blocks == 32 && bfloat16) {
         CUATTN_REGISTER(
             256, CUATTN_REGISTERS_0 CUATTN_REGISTERS_32 CUATTN_REGISTERS_48 CUATTN_REGISTERS_64 CUATTN_REGISTERS_96,
             CUATTN_LIST(CUATTN_BLOCKS_8(0), CUATTN_BLOCKS_8(8), CUATTN_BLOCKS_8(16), CUATTN_BLOCKS_8(24)), 128, 129,
-            130, 131, 132, 133, "bf16");
+            130, 131, 132, 133, 134, "bf16");
     } else if constexpr (blocks == 32) {
         CUATTN_REGISTER(
             256, CUATTN_REGISTERS_0 CUATTN_REGISTERS_32 CUATTN_REGISTERS_48 CUATTN_REGISTERS_64 CUATTN_REGISTERS_96,
             CUATTN_LIST(CUATTN_BLOCKS_8(0), CUATTN_BLOCKS_8(8), CUATTN_BLOCKS_8(16), CUATTN_BLOCKS_8(24)), 128, 129,
-            130, 131, 132, 133, "f16");
+            130, 131, 132, 133, 134, "f16");
     }
 }
 

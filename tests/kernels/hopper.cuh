@@ -116,7 +116,7 @@ __global__ void product_of_columns(const __grid_constant__ HopperParams params) 
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
         const u64 columns = ptx::wgmma_advance(ptx::wgmma_columns(right, tile_bytes), 2048 * k);
-        ptx::wgmma_registers<bfloat16>(d, fragments[k], columns, params.start != nullptr || k > 0);
+        ptx::wgmma_registers<bfloat16, true>(d, fragments[k], columns, params.start != nullptr || k > 0);
     }
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();

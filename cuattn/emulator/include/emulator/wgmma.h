@@ -81,8 +81,8 @@ inline void start_reads(const std::vector<uint32_t>& units) {
     }
 }
 
-// All 128 threads' instruction; the last to come runs it.
-template <bool bfloat16, int blocks>
+// All 128 threads' instruction; the last to come runs it. right_columns: the right operand is a tile's columns, else its rows.
+template <bool bfloat16, bool right_columns, int blocks>
 void issue_product(const char* what, const Issue& mine) {
     if (!current().wgmma_fence) fail(std::string(what) + ": no wgmma_fence since the last wgmma_wait");
     warpgroup_collective(what, &mine, [&](const void* const* all) {
@@ -93,12 +93,13 @@ void issue_product(const char* what, const Issue& mine) {
         if (left_shared) row_units(units, Descriptor(mine.left), 64);
         const size_t left_units = units.size();
         const Descriptor right(mine.right);
-        left_shared ? row_units(units, right, 8 * blocks) : column_units(units, right, 8 * blocks);
+        right_columns ? column_units(units, right, 8 * blocks) : row_units(units, right, 8 * blocks);
         start_reads(units);
 
         const auto operands = std::make_unique<Operands<bfloat16, blocks>>();
         if (left_shared) operands->read_left(units);
-        left_shared ? operands->read_right_rows(&units[left_units]) : operands->read_right_columns(&units[left_units]);
+        right_columns ? operands->read_right_columns(&units[left_units])
+                      : operands->read_right_rows(&units[left_units]);
         for (int t = 0; t < 128; ++t) {
             const Issue& issue = *issues[t];
             if (issue.left != mine.left || issue.right != mine.right || issue.accumulate != mine.accumulate) {

@@ -26,14 +26,14 @@ void wgmma_hold(float (&)[blocks][4]) {}
 template <bool bfloat16, int blocks>
 void wgmma_shared(float (&d)[blocks][4], u64 left, u64 right, bool accumulate) {
     static_assert(blocks == 8 || blocks == 16, "shapes that kernels use");
-    emulator::issue_product<bfloat16, blocks>("wgmma_shared", {&d[0][0], nullptr, left, right, accumulate});
+    emulator::issue_product<bfloat16, false, blocks>("wgmma_shared", {&d[0][0], nullptr, left, right, accumulate});
 }
 
-template <bool bfloat16, int blocks>
+template <bool bfloat16, bool right_columns, int blocks>
 void wgmma_registers(float (&d)[blocks][4], const u32 (&left)[4], u64 right, bool accumulate) {
     static_assert(blocks == 8 || blocks == 12 || blocks == 16 || blocks == 24 || blocks == 32,
                   "shapes that kernels use");
-    emulator::issue_product<bfloat16, blocks>("wgmma_registers", {&d[0][0], left, 0, right, accumulate});
+    emulator::issue_product<bfloat16, right_columns, blocks>("wgmma_registers", {&d[0][0], left, 0, right, accumulate});
 }
 
 }  // namespace cuattn::ptx
