@@ -39,7 +39,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `cuattn.compat`, `cuattn.jax` and `cuattn.testing` when they are first asked for."""
-    if name in ("compat", "jax", "testing"):
+    """Imports `cuattn.autograd`, `compat`, `jax` and `testing` when they are first asked for, autograd by a tensor."""
+    if name in ("autograd", "compat", "jax", "testing"):
         return importlib.import_module(f"cuattn.{name}")
     raise AttributeError(f"module 'cuattn' has no attribute {name!r}")

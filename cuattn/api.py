@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import cuattn
 from cuattn import calls
 
 
@@ -64,8 +65,7 @@ def attention(
     package is missing; NotImplementedError for a GPU that no kernel exists for.
     """
     if hasattr(q, "requires_grad"):  # a tensor of torch, which may have to see the operator
-        import cuattn.autograd as autograd
-
+        autograd = cuattn.autograd
         q, k, v = autograd.cast(q, k, v)
         if autograd.is_needed(q, k, v, key_padding_mask, kv_lengths):
             return autograd.attention(
@@ -108,8 +108,7 @@ def attention_varlen(
     Guarantee: every row has the bits that `attention` gives for its sequence alone. Errors as in `attention`.
     """
     if hasattr(q, "requires_grad"):
-        import cuattn.autograd as autograd
-
+        autograd = cuattn.autograd
         q, k, v = autograd.cast(q, k, v)
         if autograd.is_needed(q, k, v, cu_seqlens_q, cu_seqlens_k):
             bounds = max_seqlen_q, max_seqlen_k

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import cuattn
 from cuattn import calls
 
 
@@ -43,8 +44,7 @@ def attention_backward(
     Raises ValueError or TypeError for wrong arguments, before anything is launched; others as `attention`.
     """
     if hasattr(q, "requires_grad"):  # as in `attention`
-        import cuattn.autograd as autograd
-
+        autograd = cuattn.autograd
         if autograd.is_needed(q, k, v, dout, out, lse, dlse, key_padding_mask, kv_lengths):
             return autograd.attention_backward(
                 dout, q, k, v, out, lse, mask, scale, key_padding_mask, dlse, layout, kv_lengths
@@ -74,8 +74,7 @@ def attention_varlen_backward(
     errors: every sequence has the gradients that `attention_backward` gives for it alone.
     """
     if hasattr(q, "requires_grad"):
-        import cuattn.autograd as autograd
-
+        autograd = cuattn.autograd
         if autograd.is_needed(q, k, v, dout, out, lse, dlse, cu_seqlens_q, cu_seqlens_k):
             bounds = max_seqlen_q, max_seqlen_k
             return autograd.attention_varlen_backward(
