@@ -27,9 +27,10 @@ def attention(
     out: Any,
     return_lse: bool,
 ) -> Any:
+    inputs = (q, k, v, mask, scale, key_padding_mask, layout, num_splits, kv_lengths)
+
     def make() -> Any:
-        problem = check_attention(q, k, v, mask, scale, key_padding_mask, layout, num_splits, kv_lengths)
-        return attend(problem, out, return_lse)
+        return attend(check_attention(*inputs), out, return_lse)
 
     if out is not None:
         return make()
@@ -52,16 +53,16 @@ def attention_varlen(
     out: Any,
     return_lse: bool,
 ) -> Any:
-    starts, bounds = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
+    arrays = (q, k, v, cu_seqlens_q, cu_seqlens_k)
+    others = (mask, max_seqlen_q, max_seqlen_k, scale, num_splits)
 
     def make() -> Any:
-        return attend(check_varlen(q, k, v, *starts, mask, *bounds, scale, num_splits), out, return_lse)
+        return attend(check_varlen(*arrays, *others), out, return_lse)
 
     if out is not None:
         return make()
     both = bool(return_lse)
-    options = ("attention_varlen", mask, *bounds, scale, num_splits, both)
-    return replay.call(options, (q, k, v, *starts), RESULTS[both], make)
+    return replay.call(("attention_varlen", *others, both), arrays, RESULTS[both], make)
 
 
 def attention_kvcache(
