@@ -4,7 +4,8 @@ import array
 import ctypes
 import functools
 import threading
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 from cuattn.config import KernelConfig
 from cuattn.devices import device_architecture, device_count, import_cupy, processor_count
@@ -36,22 +37,46 @@ class Kernel:
         self._launch_early = _launch_ex() if config.overlaps else None
 
     def launch(self, grid: int, words: Words, stream: int, cluster: int = 1) -> None:
-        """Launches at least one block on a raw stream of the kernel's device, the thread's current one.
+        """Launches what `ready` gives; the kernel's device must be the thread's current one."""
+        self.ready(grid, words, stream, cluster).launch()
 
-        ``words`` are those of `words_of`, of which this call writes the first. ``cluster`` blocks run together.
+    def ready(self, grid: int, words: Words, stream: int, cluster: int = 1) -> "ReadyLaunch":
+        """A launch of at least one block on a raw stream of the kernel's device.
+
+        ``words`` are those of `words_of`, which the launch keeps, and writes the first of. ``cluster`` blocks run
+        together.
         """
         address = words.buffer_info()[0]
         words[0] = address + words.itemsize
+        threads = self._threads
         if self._launch_early is None:
-            self._launch(self._handle, grid, 1, 1, self._threads, 1, 1, self._shared_bytes, stream, address, 0)
-            return
-        shape = _early(self._threads, self._shared_bytes, cluster, _starts_early())[:]
+            arguments = (self._handle, grid, 1, 1, threads, 1, 1, self._shared_bytes, stream, address, 0)
+            return ReadyLaunch(grid, threads, self._launch, arguments, (words,))
+        shape = _early(threads, self._shared_bytes, cluster, _starts_early())[:]
         own = shape.buffer_info()[0]
         shape[0], shape[4], shape[5] = grid | 1 << 32, stream, own + _CONFIG_WORDS * shape.itemsize
-        code = self._launch_early(own, self._handle, address, 0)
+        return ReadyLaunch(grid, threads, self._launch_early, (own, self._handle, address, 0), (words, shape))
+
+
+class ReadyLaunch(NamedTuple):
+    """A launch that any thread may make, any number of times: nothing that it refers to changes any more.
+
+    function: the driver's, which gives the number of an error, or CuPy's, which raises it. memory: what the arguments
+    point to; the driver reads all of it before a launch returns.
+    """
+
+    grid: int
+    threads: int
+    function: Callable[..., int | None]
+    arguments: tuple[int, ...]
+    memory: tuple[Words, ...]
+
+    def launch(self) -> None:
+        """Launches; the kernel's device must be the thread's current one."""
+        code = self.function(*self.arguments)
         if code:
             raise RuntimeError(
-                f"cuLaunchKernelEx failed with CUDA error {code}: {grid} blocks, {self._threads} threads"
+                f"cuLaunchKernelEx failed with CUDA error {code}: {self.grid} blocks, {self.threads} threads"
             )
 
 
@@ -68,10 +93,7 @@ def _early(threads: int, shared_bytes: int, cluster: int, early: bool) -> Words:
 
 
 def words_of(argument: bytes | bytearray) -> Words:
-    """A kernel's argument as the driver wants to find it, in words of 64 bits: behind a pointer to it.
-
-    The driver reads all of it before a launch returns.
-    """
+    """A kernel's argument as the driver wants to find it, in words of 64 bits: behind a pointer to it."""
     return array.array("Q", bytes(8) + argument + bytes(-len(argument) % 8))
 
 

@@ -6,7 +6,8 @@ What a form cannot tell is looked at each time, and leads the ordinary way: that
 which is written to overlaps another. Neither way changes a bit.
 
 A repeated call is work of the host alone, a few microseconds, so every step of it counts: attributes of a tensor take
-0.1 us each, an allocation 1 to 3.
+0.1 us each, an allocation 0.5 to 2. So forms are compared in one step with those of the calls looked up last, before
+they are looked up one by one, and launches for addresses that occurred before are at hand.
 """
 
 import array
@@ -18,13 +19,13 @@ import operator
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from cuattn import backend, env
+from cuattn import backend, env, forms
 from cuattn.devices import import_cupy
 from cuattn.interop import Tensor
-from cuattn.launch import Kernel, Words, loaded, words_of
+from cuattn.launch import Kernel, ReadyLaunch, Words, loaded, words_of
 from cuattn.launches import Launch
 from cuattn.tensor_map import BYTES, TensorMap, encode
 
@@ -33,6 +34,8 @@ _is_on_device: Callable[[Any], Any] = operator.attrgetter("is_cuda")
 BACKENDS = ("auto", "cuda")
 #: More remembered calls than this, and all are forgotten.
 LARGEST_MEMORY = 4096
+#: Calls of one situation whose forms are compared before others are looked up.
+MOST_RECENT = 4
 #: Addresses of an array for which its tensor map is at hand, for each call.
 MAPS_AT_HAND = 64
 
@@ -41,7 +44,20 @@ _WORD = 8
 _ALIGNMENT = 256
 
 _launches: contextvars.ContextVar[list[Launch] | None] = contextvars.ContextVar("cuattn_launches", default=None)
-_remembered: dict[Any, "_Call"] = {}
+
+
+@dataclass(eq=False)
+class _Situation:
+    """All that a call is remembered by but the forms of its tensors.
+
+    shared: whether some start at the same place. recent: the calls looked up last, latest first.
+    """
+
+    shared: bool
+    recent: list[tuple[forms.Check, "_Call"]] = field(default_factory=list)
+
+
+_remembered: dict[tuple[_Situation, Any], "_Call"] = {}
 
 
 class _Bound(threading.local):
@@ -74,19 +90,61 @@ def call(
     torch = sys.modules.get("torch")
     if torch is None or type(arrays[0]) is not torch.Tensor or not _is_on_device(arrays[0]):
         return make()
-    pointers: list[int] = []
     try:
-        key = _key(torch, options, arrays, pointers)
-        known = _remembered.get(key)
-    except (RuntimeError, TypeError):  # of a tensor without memory or strides, and of an option without a hash
+        surveyed = forms.survey(torch, arrays)
+        if surveyed is None:
+            return make()
+        pointers, tensors = surveyed
+        grads, device, chosen = torch.is_grad_enabled(), _current_device(torch), backend.chosen()
+        situation = _situation_at(tuple(pointers), grads, device, chosen, *env.unparsed(), *options)
+    except (RuntimeError, TypeError):  # of a tensor without memory, and of an option without a hash
         return make()
-    if known is not None:
-        return make() if updates and known.overlap(pointers) else known.run(torch, arrays, pointers)
-    if key is None or not _may_be_remembered(torch, arrays):
+    if situation.shared:
+        tensors = forms.each_once(tensors)
+    known = None
+    for fits, one in situation.recent if tensors else ():
+        if fits(*tensors):
+            known = one
+            break
+    if known is None:
+        key = situation, forms.forms(arrays)
+        known = _remembered.get(key)
+        if known is None:
+            return _remember(torch, key, arrays, pointers, results, make, updates)
+        if (check := forms.check_of(torch, tensors)) is not None:
+            situation.recent[:] = [(check, known), *situation.recent[: MOST_RECENT - 1]]
+    if updates and _overlap(known, *pointers):
+        return make()
+    return known.run(torch, arrays, pointers)
+
+
+# options of other types may be equal, such as 1, 1.0 and True
+@functools.lru_cache(LARGEST_MEMORY, typed=True)
+def _situation_at(pointers: tuple[int | None, ...], *what: Any) -> _Situation:
+    return _situation(forms.outline(pointers), *what)
+
+
+@functools.lru_cache(LARGEST_MEMORY, typed=True)
+def _situation(outline: tuple[int | None, ...], *what: Any) -> _Situation:
+    starts = [x // 16 for x in outline if x is not None]
+    return _Situation(shared=len(set(starts)) < len(starts))
+
+
+def _remember(
+    torch: Any,
+    key: tuple[_Situation, Any],
+    arrays: tuple[Any, ...],
+    pointers: list[int | None],
+    results: tuple[str, ...],
+    make: Callable[[], Any],
+    updates: tuple[int, ...],
+) -> Any:
+    """What ``make()`` gives; remembers the call if it may."""
+    if key[1] is None or not _may_be_remembered(torch, arrays):
         return make()
     with _recording() as launches:
         made = make()
-    known = _Call.of(arrays, pointers, results, updates, launches)
+    known = _Call.of(torch, arrays, pointers, results, updates, launches)
     if known is not None:
         if len(_remembered) >= LARGEST_MEMORY:
             _remembered.clear()
@@ -97,6 +155,8 @@ def call(
 def forget() -> None:
     """Forgets all calls."""
     _remembered.clear()
+    for cache in (_situation_at, _situation, _launches_at, _overlap):
+        cache.cache_clear()
 
 
 @contextlib.contextmanager
@@ -107,31 +167,6 @@ def _recording() -> Iterator[list[Launch]]:
         yield launches
     finally:
         _launches.reset(token)
-
-
-def _key(torch: Any, options: tuple[Any, ...], arrays: tuple[Any, ...], pointers: list[int]) -> Any:
-    """What a call is remembered by, None for one that is not; appends to ``pointers`` where each array lies.
-
-    Raises RuntimeError for a tensor without memory or without strides. Complex tensors, the only ones that can be
-    conjugated, are refused by every call, and so never remembered.
-    """
-    plain = torch.Tensor
-    # options of other types may be equal, such as 1, 1.0 and True
-    types = tuple(map(type, options))
-    key = [options, types, env.unparsed(), backend.chosen(), torch.is_grad_enabled(), _current_device(torch)]
-    for x in arrays:
-        if x is None:
-            key.append(None)
-            pointers.append(~len(pointers))  # no address, and none that occurs twice
-            continue
-        if type(x) is not plain or x.is_neg():
-            return None
-        pointer = x.data_ptr()
-        pointers.append(pointer)
-        key.append((x.shape, x.stride(), x.dtype, x.device, x.requires_grad, pointer & 15))
-    if len(set(pointers)) < len(pointers):  # which arrays start at the same place
-        key.append(tuple(map(pointers.index, pointers)))
-    return tuple(key)
 
 
 def _may_be_remembered(torch: Any, arrays: tuple[Any, ...]) -> bool:
@@ -168,7 +203,7 @@ class _Prepared(NamedTuple):
     maps: tuple[tuple[slice, int, Callable[[int], Words]], ...]
 
     @classmethod
-    def of(cls, launch: Launch, kernel: Kernel, numbers: dict[int, int]) -> "_Prepared | None":
+    def of(cls, launch: Launch, kernel: Kernel, numbers: dict[int | None, int]) -> "_Prepared | None":
         """``numbers`` are those of arrays by address; None if the launch has a pointer to another one."""
         described = {getattr(type(launch.params), name).offset: x for name, x in launch.tensor_maps.items()}
         fields = list(_pointer_fields(launch.params))
@@ -191,22 +226,15 @@ def _maps_at(tensor_map: TensorMap) -> Callable[[int], Words]:
     return functools.lru_cache(MAPS_AT_HAND)(lambda pointer: array.array("Q", encode(tensor_map.at(pointer))))
 
 
-class _Made(NamedTuple):
-    """An array that a call returns: contiguous; ``like`` is the number of an array of the same form, or None."""
-
-    shape: tuple[int, ...]
-    dtype: Any
-    like: int | None
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Call:
     """The launches of a call. Arrays are counted through: the caller's, those returned, those in the workspace."""
 
-    device: Any
+    device_index: int
+    empty: Callable[..., Any]  # allocates an array of a shape, strides and dtype
     launches: tuple[_Prepared, ...]
-    returned: tuple[_Made, ...]
-    workspace_bytes: int
+    returned: tuple[tuple[Any, ...], ...]  # shape, strides and dtype of each
+    workspace: tuple[Any, ...]  # and its own
     offsets: tuple[int, ...]  # of arrays in the workspace
     updates: tuple[int, ...]
     spans: tuple[int, ...]  # bytes of each of the caller's arrays, gaps included; 0 for None
@@ -214,8 +242,9 @@ class _Call:
     @classmethod
     def of(
         cls,
+        torch: Any,
         arrays: tuple[Any, ...],
-        pointers: list[int],
+        pointers: list[int | None],
         results: tuple[str, ...],
         updates: tuple[int, ...],
         launches: list[Launch],
@@ -243,61 +272,76 @@ class _Call:
         for tensor in workspace:
             offsets.append(offsets[-1] + -(-tensor.nbytes_span // _ALIGNMENT) * _ALIGNMENT)
         return cls(
-            device=device,
+            device_index=device.index,
+            empty=_empty(torch, device),
             launches=known,
-            returned=tuple(_made_as(tensor.owner, arrays) for tensor in returned),
-            workspace_bytes=offsets.pop(),
+            returned=tuple((tuple(x.shape), x.stride(), x.dtype) for x in (tensor.owner for tensor in returned)),
+            workspace=((offsets.pop(),), (1,), torch.uint8),
             offsets=tuple(offsets),
             updates=tuple(u for u in updates if arrays[u] is not None),
             spans=tuple(0 if x is None else _span(x) for x in arrays),
         )
 
-    def overlap(self, pointers: list[int]) -> bool:
-        """Whether an array that is written to may share memory with another one."""
-        for u in self.updates:
-            first = pointers[u]
-            end = first + self.spans[u]
-            for i, pointer in enumerate(pointers):
-                if i != u and pointer < end and first < pointer + self.spans[i]:
-                    return True
-        return False
-
-    def run(self, torch: Any, arrays: tuple[Any, ...], pointers: list[int]) -> Any:
+    def run(self, torch: Any, arrays: tuple[Any, ...], pointers: list[int | None]) -> Any:
         """The results for arrays that lie at ``pointers``."""
-        device = self.device
-        _bind(device.index)
-        returned = [
-            torch.empty(shape, dtype=dtype, device=device) if like is None else torch.empty_like(arrays[like])
-            for shape, dtype, like in self.returned
-        ]
-        pointers += [x.data_ptr() for x in returned]
+        empty = self.empty
+        _bind(self.device_index)
+        returned = []
+        for form in self.returned:
+            made = empty(*form)
+            returned.append(made)
+            pointers.append(made.data_ptr())
         if self.offsets:
             # one allocation; like the outputs, it goes back to the allocator in the order of the stream
-            workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=device)
-            start = workspace.data_ptr()
-            pointers += [start + offset for offset in self.offsets]
-        stream = _stream(torch, device.index)
-        for kernel, grid, cluster, blank, places, maps in self.launches:
-            words = blank[:]  # its own: another thread may make the same call
-            for place, number in places:
-                words[place] = pointers[number]
-            for part, number, words_at in maps:
-                words[part] = words_at(pointers[number])
-            kernel.launch(grid, words, stream, cluster)
+            workspace = empty(*self.workspace)
+            pointers.append(workspace.data_ptr())
+        for launch in _launches_at(self, _stream(torch, self.device_index), *pointers):
+            launch.launch()
         for u in self.updates:
             if not arrays[u].is_inference():
                 torch.autograd.graph.increment_version(arrays[u])
         return returned[0] if len(returned) == 1 else tuple(returned)
 
 
-def _made_as(output: Any, arrays: tuple[Any, ...]) -> _Made:
-    """How an output is made again; torch is quickest to make an array like another one."""
+@functools.lru_cache(LARGEST_MEMORY)
+def _launches_at(call: _Call, stream: int, *pointers: Any) -> tuple[ReadyLaunch, ...]:
+    """The launches for arrays at these addresses: the caller's, those returned, the workspace."""
+    places = [*pointers, *(pointers[-1] + offset for offset in call.offsets[1:])]
+    ready = []
+    for kernel, grid, cluster, blank, numbers, maps in call.launches:
+        words = blank[:]
+        for place, number in numbers:
+            words[place] = places[number]
+        for part, number, words_at in maps:
+            words[part] = words_at(places[number])
+        ready.append(kernel.ready(grid, words, stream, cluster))
+    return tuple(ready)
 
-    def form(x: Any) -> tuple[Any, ...]:
-        return x.shape, x.stride(), x.dtype
 
-    like = (i for i, x in enumerate(arrays) if x is not None and form(x) == form(output))
-    return _Made(tuple(output.shape), output.dtype, next(like, None))
+@functools.lru_cache(LARGEST_MEMORY)
+def _overlap(call: _Call, *pointers: int | None) -> bool:
+    """Whether an array that is written to may share memory with another one."""
+    places = {i: (x, x + call.spans[i]) for i, x in enumerate(pointers) if x is not None}
+    return any(
+        i != u and start < places[u][1] and places[u][0] < end
+        for u in call.updates
+        for i, (start, end) in places.items()
+    )
+
+
+def _empty(torch: Any, device: Any) -> Callable[..., Any]:
+    """Allocates on the device, the current one: as compiled functions do, where that works, which is quicker."""
+
+    def empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any) -> Any:
+        return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+    try:
+        quick: Callable[..., Any] = getattr(torch._C._dynamo.guards, f"_empty_strided_{device.type}")
+        made = quick((2, 3), (3, 1), torch.float16)
+        works = (made.shape, made.stride(), made.dtype, made.device) == ((2, 3), (3, 1), torch.float16, device)
+    except (AttributeError, RuntimeError, TypeError):
+        return empty
+    return quick if works else empty
 
 
 def _span(x: Any) -> int:

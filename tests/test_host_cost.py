@@ -15,14 +15,18 @@ from cuattn.cli import main
 
 #: Most calls of Python functions and of others that one repeated call may make, by the bench's name of it.
 MOST = {
-    "attention": (26, 50),
-    "attention, LSE returned": (26, 50),
-    "attention, one row": (28, 52),
-    "attention_varlen": (26, 56),
-    "attention_kvcache, pages": (21, 56),
-    "attention_kvcache, append, 2 launches": (26, 70),
-    "attention_backward, 4 launches": (31, 80),
+    "attention": (20, 34),
+    "attention, LSE returned": (20, 38),
+    "attention, one row": (22, 37),
+    "attention_varlen": (20, 40),
+    "attention_kvcache, pages": (15, 34),
+    "attention_kvcache, append, 2 launches": (19, 44),
+    "attention_backward, 4 launches": (25, 57),
 }
+
+
+#: Of which the fewest calls count: a result may have to lie elsewhere than the one before.
+REPETITIONS = 100
 
 
 def counted(call: Callable[[], Any]) -> tuple[int, int]:
@@ -47,8 +51,7 @@ def test_a_repeated_call_makes_few_calls() -> None:
         assert list(calls) == list(MOST)
         for name, call in calls.items():
             planned = counted(call)
-            call()
-            repeated = counted(call)
+            repeated = min(counted(call) for _ in range(REPETITIONS))
             assert repeated[0] <= MOST[name][0], name
             assert repeated[1] <= MOST[name][1], name
             assert sum(planned) > 3 * sum(repeated), f"{name}: the control, a first call, makes hardly more"
