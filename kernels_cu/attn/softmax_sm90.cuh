@@ -8,8 +8,8 @@
 namespace cuattn {
 
 // softmax_tile, and the packed weights, in the place of those that the product reads, which adds to `out`: it is waited for when
-// half of the exponentials are there. These take longest, and the sums and the packed weights of the first half are made in the
-// shadow of the second. `address`: any of shared memory.
+// weights of the first half are wanted, of which ptxas computes the named one first. Waits before the maxima, and behind half of
+// the exponentials or all, were slower. `address`: any of shared memory.
 template <class Products, int key_blocks, int value_blocks>
 __device__ __forceinline__ void softmax_beside_product(float (&score)[key_blocks][4],
                                                        typename Products::Weights& weight,
