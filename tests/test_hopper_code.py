@@ -49,7 +49,7 @@ def wrong_with(config: ForwardSm90Config) -> list[str]:
             errors.append(f"{kind}: got {number} registers, expected {allowed}")
         if (used := program.registers(start)) > allowed:
             errors.append(f"{kind}: {used} registers are used of {allowed}")
-    # maxima and the first exponentials of a step come between the wait for scores and that for outputs, beside the products
+    # a step's maxima and first exponentials come between the waits for scores and for outputs, beside the products
     scores, outputs = program.find(r"^WARPGROUP\.DEPBAR\.LE gsb0, 0x1"), program.find(r"^WARPGROUP\.DEPBAR")
     if len(scores) != 1:
         return [*errors, f"got {len(scores)} waits that leave a group under way, expected 1"]

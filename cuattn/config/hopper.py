@@ -20,7 +20,7 @@ LARGEST_OF_FEW_ROWS = 128
 ROW_BLOCK, VALUE_WARPS = 8, 4
 #: Room in which its warps tell each other what comes first.
 START_BYTES = 40 * 4 * 32
-#: What a consumer's thread needs besides outputs, scores, weights and queries: found by trying. The most that it can have.
+#: What a consumer's thread needs besides outputs, scores, weights and queries, found by trying; the most it can have.
 OTHER_REGISTERS, MOST_REGISTERS = 40, 255
 #: More slots than this do not hide more latency; with fewer, two warpgroups half a step apart leave none to be filled.
 MOST_SLOTS, FEWEST_SLOTS = 8, 4
@@ -130,7 +130,8 @@ class ForwardSm90Config(KernelConfig):
         """Groups of 16 columns of a warpgroup's queries that stay in registers, 4 of a thread for each."""
         if self.paged:
             return 0  # places of keys are kept there
-        products = self.value_columns // 2 + self.key_tile // 2 + self.key_tile // 4  # outputs, scores and packed weights
+        # outputs, scores and packed weights
+        products = self.value_columns // 2 + self.key_tile // 2 + self.key_tile // 4
         free = min(self.consumer_registers, MOST_REGISTERS) - products - OTHER_REGISTERS
         return max(0, min(free // 4, -(-self.head_dim // 16)))
 
