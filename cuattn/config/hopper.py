@@ -254,7 +254,6 @@ class DecodeConfig(KernelConfig):
 
     @property
     def _fixed_bytes(self) -> int:
-        """Of two tiles scores, weights in both forms and two numbers for each row; numbers nobody reads; barriers."""
+        """Of two tiles scores, weights in both forms and two numbers for each row; and barriers."""
         row = 2 * (8 * (self.key_tile + 4) + 2 * (self.key_tile + 8) + 4 * 2) + 4
-        unread = 4 * 32 * self._score_warps
-        return -(-(self.row_tile * row + unread + START_BYTES + 8 * (4 * MOST_SLOTS + 5)) // 1024) * 1024
+        return -(-(self.row_tile * row + START_BYTES + 8 * (4 * MOST_SLOTS + 5)) // 1024) * 1024

@@ -53,7 +53,6 @@ struct SharedMemory {
     TileWeights weights[2];
     alignas(16) float score[2][block_rows][score_stride];
     float normalisation[block_rows];
-    float unread[score_warps][32];  // what lanes store that have nothing to say
     unsigned char start[config::start_bytes];
     u64 filled[ring_slots], free[ring_slots], landed;
 };
@@ -99,6 +98,7 @@ class WeightSlots {
     __device__ __forceinline__ void next() { slot_ ^= 1; }
 
     __device__ __forceinline__ static void meet() {
+        __syncwarp();  // one lane alone has stored something
         ptx::barrier_sync<(score_warps + value_warps + 1) * 32>(weights_known);
     }
 

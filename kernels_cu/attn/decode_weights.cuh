@@ -24,7 +24,6 @@ class Weigher {
           number_(number),
           lane_(lane),
           first_key_(number * 16 * blocks),
-          unread_(&shared.unread[number][lane]),
           keys_(ring, false),
           weights_(shared) {}
 
@@ -135,14 +134,14 @@ class Weigher {
             ptx::store_shared_u32(ptx::shared_address(&weights.rounded[row][first + i]),
                                   ptx::pack_16bit<config::bfloat16>(weight[i], weight[i + 1]));
         }
-        // Two lanes' numbers are read; all store, since compute-sanitizer takes what only some do for unordered.
-        const float* const to = lane_ == 0 ? &weights.reference[row] : lane_ == 1 ? &weights.rescale[row] : unread_;
-        ptx::store_shared_f32(ptx::shared_address(to), lane_ == 1 ? rescale : reference);
+        if (lane_ == 0) {
+            ptx::store_shared_f32(ptx::shared_address(&weights.reference[row]), reference);
+            ptx::store_shared_f32(ptx::shared_address(&weights.rescale[row]), rescale);
+        }
     }
 
     const ForwardParams& params_;
     const int number_, lane_, first_key_;
-    float* const unread_;
     Slots<score_warps> keys_;
     WeightSlots weights_;
     u32 query_[row_blocks][groups][2];
