@@ -66,8 +66,8 @@ STORE_FP32: tuple[Substitution, ...] = (
 SUM_ROUNDED: tuple[Substitution, ...] = (
     (
         "attn/softmax.cuh",
-        "sum = __fadd_rn(sum, score[b][c]);",
-        "sum = __fadd_rn(sum, __uint_as_float(ptx::pack_16bit<true>(0.0f, score[b][c])));",
+        "= __fadd_rn(rows.sum[row], weight[b][c]);",
+        "= __fadd_rn(rows.sum[row], __uint_as_float(ptx::pack_16bit<true>(0.0f, weight[b][c])));",
     ),
 )
 

@@ -15,7 +15,7 @@ from cuattn import env
 from cuattn.bench import answers, backward, chunked, decode, host, jit, prefill, rates, results, timing
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
-SCRIPTS = (*("accuracy", "contract_choices", "gpu_suite", "padded", "sanitize", "smoke"),)
+SCRIPTS = (*("accuracy", "contract_choices", "counters", "gpu_suite", "padded", "sanitize", "smoke"),)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
