@@ -8,8 +8,8 @@
 runs with this interpreter, which needs CuPy, torch for CUDA, ml_dtypes, a C++ compiler, and pytest with its plugins
 xdist and timeout. FOLDER gets log.txt (all output), summary.txt, check.json, and the CSV files decode, forward
 (prefill), chunked, backward, backward_memory, padded, host_cost, accuracy and jit_time, or those of the steps named:
-"counters" is only run by name, since it needs Nsight Compute. The variable COMMIT says which commit to note in them. A planted_* step passes if compute-sanitizer finds the
-bug that was planted. Exit status 0 if all steps passed.
+"counters", which needs Nsight Compute, is only run by name. The variable COMMIT says which commit to note in them. A
+planted_* step passes if compute-sanitizer finds the bug that was planted. Exit status 0 if all steps passed.
 """
 
 import argparse
