@@ -128,8 +128,8 @@ class ForwardSm90Config(KernelConfig):
     @property
     def held_queries(self) -> int:
         """Groups of 16 columns of a warpgroup's queries that stay in registers, 4 of a thread for each."""
-        if self.paged:
-            return 0  # places of keys are kept there
+        if self.paged or self.head_dim < self.value_dim:
+            return 0  # the places of keys take the registers, or outputs do, beside which queries are little to read
         # outputs, scores and packed weights
         products = self.value_columns // 2 + self.key_tile // 2 + self.key_tile // 4
         free = min(self.consumer_registers, MOST_REGISTERS) - products - OTHER_REGISTERS
