@@ -121,8 +121,8 @@ def all_steps(folder: Path) -> list[Step]:
         planted("memcheck", "read", *many_rows(64)),
         planted("memcheck", "append", *call("append beyond")),
         planted("memcheck", "gradient", *call("backward")),
-        # It does not follow the named barriers at which some warps of this kernel meet, and reports what they hand over:
-        # all of it or, with lanes synchronised before, some. The emulator looks for races in it.
+        # It does not follow the named barriers at which some warps of this kernel meet, and reports what they hand
+        # over: all of it or, with lanes synchronised before, some. The emulator looks for races in it.
         Step("racecheck", 110, sanitize("racecheck", "--leave-out", DecodeConfig.kernel)),
         planted("racecheck", "overlap", *many_rows(64), variables=portable),
         planted("racecheck", "barrier", *many_rows(128), variables=portable),
