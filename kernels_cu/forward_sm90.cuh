@@ -2,11 +2,11 @@
 // cuattn::config with the constants of one KernelConfig (cuattn/jit/unit.py).
 //
 // One block computes packed rows of one key head, 64 for each consumer warpgroup, and then others. Warpgroup 0 fills the ring
-// with tiles of keys and values, and fetches the next queries (attn/producers.cuh). A consumer starts the products of its
-// queries with the keys of tile j and then those of the weights with the values of tile j - 1, and turns scores into weights
-// while these run; warpgroups take turns, so that one's exponentials overlap the other's products. Several blocks may share
-// the chunks of the same rows (attn/block_work.cuh). What a row computes, and in which order, depends on absolute key
-// positions alone (docs/numerics.md), and is what the other kernels compute.
+// with tiles of keys and values, and fetches the next queries (attn/producers.cuh), of which consumers keep in registers what
+// fits. A consumer starts the products of its queries with the keys of tile j and then those of the weights with the values of
+// tile j - 1, and turns scores into weights (attn/softmax_sm90.cuh); warpgroups take turns, so that one's exponentials overlap
+// the other's products. Several blocks may share the chunks of the same rows (attn/block_work.cuh). What a row computes, and in
+// which order, depends on absolute key positions alone (docs/numerics.md), and is what the other kernels compute.
 #pragma once
 
 #include <attn/block_sm90.cuh>

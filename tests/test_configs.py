@@ -15,6 +15,7 @@ from cuattn.config import (
     ARCHITECTURES,
     DTYPES,
     HEAD_DIMS,
+    ForwardSm90Config,
     KernelConfig,
     KeysConfig,
     backward_configs,
@@ -54,6 +55,17 @@ def test_the_kernel_of_many_rows_fits(arch: str) -> None:
         config = many_rows(head_dim, head_dim, "causal", dtype, arch, ragged, paged)
         check_fit(config, arch)
         assert config.ring_slots >= 2
+
+
+def test_hopper_keeps_queries_in_registers_where_they_fit() -> None:
+    for head_dim, value_dim, paged in product(HEAD_DIMS, HEAD_DIMS, (False, True)):
+        config = ForwardSm90Config(head_dim, value_dim, "causal", "float16", "sm_90a", paged, paged)
+        assert config.ring_slots >= 4, config  # two warpgroups half a step apart use as many
+        kept = 4 * config.held_queries  # beside outputs, scores and packed weights
+        assert kept + config.value_columns // 2 + config.key_tile * 3 // 4 <= config.consumer_registers, config
+        assert not kept or not (paged or head_dim < value_dim), config
+    held = {d: ForwardSm90Config(d, d, "full", "bfloat16", "sm_90a").held_queries for d in (64, 96, 128, 192, 256)}
+    assert held == {64: 0, 96: 6, 128: 8, 192: 12, 256: 4}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

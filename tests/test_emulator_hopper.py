@@ -37,14 +37,16 @@ class Case(NamedTuple):
         np.testing.assert_array_equal(self.product.run(schedule, seed), self.expected)
 
 
-def rows_case(dtype: str, columns: int, started: bool = True, rows: int = 64, depth: int = 64) -> Case:
-    """left right^T of single tiles, of which the tensors need not fill everything."""
+def rows_case(
+    dtype: str, columns: int, started: bool = True, rows: int = 64, depth: int = 64, in_registers: bool = False
+) -> Case:
+    """left right^T of single tiles, of which the tensors need not fill everything; left from registers or not."""
     left, right = numbers(dtype, (rows, depth), 1), numbers(dtype, (min(columns, 90), depth), 2)
     start = start_of(64, columns) if started else None
     whole = np.zeros((64, depth), np.uint16), np.zeros((columns, depth), np.uint16)
     for big, small in zip(whole, (left, right), strict=True):
         big[: len(small)] = small
-    kernel = f"product_of_rows<{DTYPES[dtype]}, {columns // 8}>"
+    kernel = f"product_of_rows<{DTYPES[dtype]}, {columns // 8}, {str(in_registers).lower()}>"
     shared = TILE + columns * 128 + 8
     product = Product(kernel, padded(left), padded(right), columns, (64, columns), shared, start, rows=64)
     return Case(product, chained(dtype, *whole, start))
@@ -86,7 +88,8 @@ class TestProducts:
     @pytest.mark.parametrize("columns", [64, 128])
     def test_tiles_in_shared_memory(self, dtype: str, columns: int) -> None:
         for started in (False, True):
-            rows_case(dtype, columns, started).check()
+            for in_registers in (False, True):
+                rows_case(dtype, columns, started, in_registers=in_registers).check()
 
     @pytest.mark.parametrize("columns", [64, 96, 128, 192, 256])
     def test_left_tile_in_registers(self, dtype: str, columns: int) -> None:

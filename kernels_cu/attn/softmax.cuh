@@ -60,10 +60,6 @@ __device__ __forceinline__ float raise_reference(float& reference, float largest
     return ptx::exp2_approx(__fsub_rn(before, reference));
 }
 
-// `x`, but not before `y` is known, a result of exp2_approx: the compiler has an order of its own otherwise. It does not know
-// that these are never this number, -2^-149.
-__device__ __forceinline__ float known_behind(float x, float y) { return __float_as_uint(y) == 0x80000001u ? y : x; }
-
 // 2^(factor * score - reference)
 __device__ __forceinline__ float weight_of(float score, float factor, float reference) {
     return ptx::exp2_approx(__fmaf_rn(score, factor, -reference));

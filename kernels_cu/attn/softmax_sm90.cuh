@@ -7,6 +7,10 @@
 
 namespace cuattn {
 
+// `x`, but not before `y` is known, a result of exp2_approx: the compiler has an order of its own otherwise. It does not know
+// that these are never this number, -2^-149.
+__device__ __forceinline__ float known_behind(float x, float y) { return __float_as_uint(y) == 0x80000001u ? y : x; }
+
 // softmax_tile, and the packed weights, in the place of those that the product reads, which adds to `out`: it is waited for when
 // weights of the first half are wanted, of which ptxas computes the named one first. Waits before the maxima, and behind half of
 // the exponentials or all, were slower. `address`: any of shared memory.

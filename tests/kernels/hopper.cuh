@@ -65,8 +65,17 @@ __device__ __forceinline__ void multiply_rows(float (&d)[blocks][4], u32 left, u
     }
 }
 
-// One block of 128 threads: all of right's rows in one box, left's 64 rows in another.
-template <bool bfloat16, int blocks>
+// A tile's 64 rows as left operands, 16 columns each.
+__device__ __forceinline__ void load_left(u32 (&fragments)[4][4], u32 left) {
+    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane % 16;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        ptx::ldmatrix_x4(fragments[k], left + row * row_bytes + ((2 * k + lane / 16) ^ (row & 7)) * 16);
+    }
+}
+
+// One block of 128 threads: all of right's rows in one box, left's 64 rows in another, and then in registers or not.
+template <bool bfloat16, int blocks, bool in_registers>
 __global__ void product_of_rows(const __grid_constant__ HopperParams params) {
     const u32 left = shared_start(), right = left + tile_bytes, barrier = right + 8 * blocks * row_bytes;
     if (threadIdx.x == 0) {
@@ -81,8 +90,18 @@ __global__ void product_of_rows(const __grid_constant__ HopperParams params) {
     float d[blocks][4];
     load_start(d, params);
     ptx::mbarrier_wait(barrier, 0);
+    u32 fragments[4][4];
+    if (in_registers) load_left(fragments, left);
     ptx::wgmma_fence();
-    multiply_rows<bfloat16>(d, left, right, params.start != nullptr);
+    if constexpr (in_registers) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            const u64 rows = ptx::wgmma_advance(ptx::wgmma_rows(right), 32 * k);
+            ptx::wgmma_registers<bfloat16, false>(d, fragments[k], rows, params.start != nullptr || k > 0);
+        }
+    } else {
+        multiply_rows<bfloat16>(d, left, right, params.start != nullptr);
+    }
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
     store(d, params, 0, 0);
@@ -107,11 +126,7 @@ __global__ void product_of_columns(const __grid_constant__ HopperParams params) 
     load_start(d, params);
     ptx::mbarrier_wait(barrier, 0);
     u32 fragments[4][4];
-    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane % 16;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-        ptx::ldmatrix_x4(fragments[k], left + row * row_bytes + ((2 * k + lane / 16) ^ (row & 7)) * 16);
-    }
+    load_left(fragments, left);
     ptx::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
