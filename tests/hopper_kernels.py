@@ -1,4 +1,4 @@
-"""Running tests/kernels/hopper.cuh and hopper_roles.cuh, emulated, on NumPy arrays of bits."""
+"""Running tests/kernels/hopper.cuh and its companions, emulated, on NumPy arrays of bits."""
 
 import ctypes
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from cuattn.interop import import_tensor
 from cuattn.launches import Launch
 
 KERNELS = Path(__file__).parent / "kernels"
-SOURCE = "".join((KERNELS / file).read_text() for file in ("hopper.cuh", "hopper_roles.cuh"))
+SOURCE = "".join((KERNELS / file).read_text() for file in ("hopper.cuh", "hopper_roles.cuh", "hopper_stores.cuh"))
 TILE = 8 * 1024
 
 
@@ -47,7 +47,7 @@ class HopperParams(ctypes.Structure):
 
 @dataclass(frozen=True)
 class HopperConfig(KernelConfig):
-    """A kernel of hopper.cuh with its template arguments."""
+    """A kernel of these files with its template arguments."""
 
     params = "HopperParams"
 
@@ -67,11 +67,12 @@ class HopperConfig(KernelConfig):
 
 @dataclass
 class Product:
-    """A kernel and its operands; ``source``: the kernels' text."""
+    """A kernel and its operands; ``source``: the kernels' text. Without ``right`` its map is of as many columns of the
+    result's bits as ``left`` has."""
 
     kernel: str
     left: npt.NDArray[np.uint16]
-    right: npt.NDArray[np.uint16]
+    right: npt.NDArray[np.uint16] | None
     columns: int
     boxes: tuple[int, int]  # rows of left's and of right's
     shared_bytes: int
@@ -83,16 +84,17 @@ class Product:
 
     def run(self, schedule: str = "ascending", seed: int = 1) -> Bits:
         rows, depth = self.rows or len(self.left), self.left.shape[1]
-        inputs: dict[str, Array] = {"left": self.left, "right": self.right}
-        if self.start is not None:
-            inputs["start"] = self.start
+        operands: dict[str, Array | None] = {"left": self.left, "right": self.right, "start": self.start}
+        inputs = {name: x for name, x in operands.items() if x is not None}
         out = np.full((rows, self.columns), np.nan, np.float32)
-        maps = (TensorMap.of(x, box) for x, box in zip((self.left, self.right), self.boxes, strict=True))
+        stored = out.view(np.uint16)[:, :depth]
+        written, right = (stored, stored) if self.right is None else (out, self.right)
+        maps = (TensorMap.of(x, box) for x, box in zip((self.left, right), self.boxes, strict=True))
         pointers = {name: x.ctypes.data for name, x in (inputs | {"out": out}).items()}
         params = HopperParams(*maps, **pointers, rows=rows, columns=self.columns, depth=depth)
         config = HopperConfig(self.kernel, self.threads, self.shared_bytes)
         tensors = {name: import_tensor(x, name) for name, x in inputs.items()}
-        launch = Launch(config, self.blocks, params, tensors, {"out": import_tensor(out, "out")})
+        launch = Launch(config, self.blocks, params, tensors, {"out": import_tensor(written, "out")})
         emulator.run([launch], schedule, seed, load=self._load)
         return out.view(np.uint32)
 

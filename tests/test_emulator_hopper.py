@@ -81,6 +81,15 @@ def turns_case() -> Case:
     return Case(product, np.repeat(np.arange(6, dtype=np.uint32), 32).reshape(6, 32))
 
 
+def stores_case(rows: int = 64, columns: int = 128) -> Case:
+    """A copy of the left matrix to as many of the result's bits."""
+    left = padded(numbers("bfloat16", (rows, columns), 9))
+    product = Product("stores", left, None, 64, (64, 16), 2 * TILE + TILE + 8)
+    expected = np.full((rows, 64), np.nan, np.float32).view(np.uint16)
+    expected[:, :columns] = left
+    return Case(product, expected.view(np.uint32))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 class TestProducts:
     """Every bit is that of mma_m16n8k16 over the same groups of 16 columns."""
@@ -111,6 +120,12 @@ class TestProducts:
                 ring_case(dtype, depth).check(schedule, seed)
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(64, 128), (37, 128), (64, 43), (20, 99)])
+def test_stores_end_where_the_tensor_does(rows: int, columns: int) -> None:
+    for schedule in emulator.SCHEDULES:
+        stores_case(rows, columns).check(schedule)
+
+
 def test_infinities_and_zeros() -> None:
     """A row of zeros meets an infinity, and one of negative zeros a start of negative zero."""
     case = rows_case("float16", 64)
@@ -136,11 +151,15 @@ CASES = {
     "stored": lambda: stored_case("bfloat16"),
     "rows": lambda: rows_case("bfloat16", 64),
     "turns": turns_case,
+    "stores": stores_case,
 }
 EMPTY_ARRIVAL = "if (threadIdx.x % 128 == 0) ptx::mbarrier_arrive("
 FULL_WAIT = "ptx::mbarrier_wait(full + stage * 8, step / stages % 2);"
 EXPECT = "ptx::mbarrier_arrive_expect(full + stage * 8, stage_bytes"
 ROWS_WAIT = "    ptx::wgmma_commit();\n    ptx::wgmma_wait<0>();\n    store(d, params, 0, 0);\n}\n\n// The same with"
+STORE_FENCE = "        ptx::fence_async_proxy();\n        __syncwarp();\n"
+STORE_WAIT = "        if (lane == 0) ptx::tma_store_wait();\n"
+STORE_COMMIT = "            ptx::tma_store_commit();\n"
 STORED_START = "    float d[8][4];\n    ptx::wgmma_fence();"
 BUGS = {
     "nobody says that a stage is free": Bug(
@@ -237,8 +256,8 @@ BUGS = {
         "stored",
     ),
     "stores that the tensor cores do not see": Bug(
-        "    ptx::fence_async_proxy();\n",
-        "",
+        "    store_tile(right, params.right);\n    ptx::fence_async_proxy();",
+        "    store_tile(right, params.right);",
         "a store by thread [0-9]+ is not visible to the asynchronous proxy: no fence_async_proxy after it",
         "stored",
     ),
@@ -352,6 +371,51 @@ BUGS = {
         "        ptx::claim_registers<240>();",
         "        if (threadIdx.x >= 32) ptx::claim_registers<240>();",
         "warps of one warpgroup asked for different numbers of registers",
+    ),
+    "a store of what the copy engine does not see": Bug(
+        STORE_FENCE,
+        "        __syncwarp();\n",
+        "tma_store_4d .* a store by thread [0-9]+ is not visible to the asynchronous proxy",
+        "stores",
+    ),
+    "a store before all lanes have written": Bug(
+        STORE_FENCE,
+        "        ptx::fence_async_proxy();\n",
+        "tma_store_4d .* (race with a write by thread|never written)",
+        "stores",
+    ),
+    "room that is written while it is stored": Bug(
+        STORE_WAIT, "", "shared store .* a store from there has not been waited for", "stores"
+    ),
+    "lanes that do not know that room has been stored": Bug(
+        STORE_WAIT + "        __syncwarp();\n",
+        STORE_WAIT,
+        "shared store .* (race with a read by thread|a store from there has not been waited for)",
+        "stores",
+    ),
+    "stores that belong to no group": Bug(
+        STORE_COMMIT,
+        "",
+        "a store from there has not been waited for|returns without tma_store_commit of its last stores",
+        "stores",
+    ),
+    "the end of a thread whose stores read its memory": Bug(
+        "    if (lane == 0) ptx::tma_store_wait();\n}",
+        "}",
+        "returns without tma_store_wait for its last stores",
+        "stores",
+    ),
+    "a store from a multiple of 512": Bug(
+        "16 * warp, 0, 0, room);",
+        "16 * warp, 0, 0, room + 512);",
+        "tma_store_4d .* misaligned: not a multiple of 1024",
+        "stores",
+    ),
+    "a store to where another one went": Bug(
+        "params.right_map, 64 * i, 16",
+        "params.right_map, 0 * i, 16",
+        "tma_store_4d .* out has been written there before",
+        "stores",
     ),
 }
 

@@ -1,5 +1,5 @@
 // Copies of boxes of a tensor by the copy engine (Tensor Memory Accelerator). PTX ISA: "cp.async.bulk.tensor",
-// "prefetch.tensormap", "fence.proxy.async".
+// "cp.async.bulk.commit_group", "cp.async.bulk.wait_group", "prefetch.tensormap", "fence.proxy.async".
 #pragma once
 
 #include <common/tensor_map.cuh>
@@ -37,6 +37,18 @@ __device__ __forceinline__ void tma_load_4d(u32 to, const TensorMap& map, int x,
             : "memory");
     }
 }
+
+// Copies the map's box from the shared address `from` to the given coordinates; what lies outside of the tensor is left out.
+// By one thread, which closes a group of such copies with tma_store_commit.
+__device__ __forceinline__ void tma_store_4d(const TensorMap& map, int x, int y, int z, int w, u32 from) {
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(&map),
+                 "r"(x), "r"(y), "r"(z), "r"(w), "r"(from)
+                 : "memory");
+}
+__device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Waits until this thread's groups have read shared memory, before that is written again or the thread ends.
+__device__ __forceinline__ void tma_store_wait() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
 // Makes this thread's earlier stores to shared memory visible to wgmma and the copy engine, for those threads that a barrier
 // then tells of them.

@@ -93,6 +93,20 @@ void note(const char* what, uint32_t address, int bytes) {
     }
 }
 
+// A read by the asynchronous proxy, of what a thread with `now` may ask it for.
+inline void check_asynchronous_read(const char* what, uint32_t address, const Moment& now) {
+    SharedMemory& shared = block->shared;
+    const Word& word = shared.word(address);
+    if (word.copies_under_way > 0 || word.is_barrier || word.writer < 0 || !now.knows(word.writer, word.epoch)) {
+        fail_access(what, address, 4, shared.why(address, now));
+    }
+    if (word.writer < shared.tensor_core(0) && !now.sees_through_proxy(word.writer, word.epoch)) {
+        fail_access(what, address, 4,
+                    "a store by thread " + std::to_string(word.writer) +
+                        " is not visible to the asynchronous proxy: no fence_async_proxy after it");
+    }
+}
+
 inline void load_shared(void* to, uint32_t from, int bytes) {
     const char* source = shared_bytes("shared load", from, bytes);
     note<Access::read>("shared load", from, bytes);

@@ -35,6 +35,7 @@ struct Thread {
     bool wgmma_fence = false;  // since the last wait for products
     std::vector<Copy> open_group;
     std::vector<std::vector<Copy>> groups;  // committed, oldest first
+    std::vector<Unit> open_stores, stores;  // by the copy engine, from shared memory: not committed, and committed
 };
 
 // The blocks that run together, and the meeting of all their threads.

@@ -38,6 +38,7 @@ inline void thread_entry() {
         block->body();
         finish_copies(0);
         check_products_finished();
+        check_stores_finished();
     } catch (const std::exception& error) {
         block->error = "block " + std::to_string(block->index) + ", thread " + std::to_string(block->running) + ": " +
                        error.what();

@@ -50,7 +50,7 @@ struct GlobalMemory {
 // One 4-byte word of shared memory: what is under way there, who wrote it last, and which warps (or tensor cores) have
 // read it since then.
 struct Word {
-    uint16_t copies_under_way = 0, products_under_way = 0;
+    uint16_t copies_under_way = 0, products_under_way = 0, stores_under_way = 0;  // to there; that read there
     bool is_barrier = false;
     int writer = -1;  // actors as in clock.h
     uint32_t epoch = 0;
@@ -97,7 +97,7 @@ class SharedMemory {
     }
     bool write(uint32_t address, const Moment& now) {
         Word& w = word(address);
-        if (w.copies_under_way > 0 || w.products_under_way > 0 || w.is_barrier) return false;
+        if (w.copies_under_way > 0 || w.products_under_way > 0 || w.stores_under_way > 0 || w.is_barrier) return false;
         if ((w.writer >= 0 && !now.knows(w.writer, w.epoch)) || unknown_reader(address, now) >= 0) return false;
         w.writer = now.actor, w.epoch = now.epoch, w.readers = 0;
         return true;
@@ -124,6 +124,7 @@ class SharedMemory {
         if (w.is_barrier) return "is an mbarrier";
         if (w.copies_under_way > 0) return "a copy to there has not been waited for";
         if (w.products_under_way > 0) return "wgmma still reads there";
+        if (w.stores_under_way > 0) return "a store from there has not been waited for";
         if (w.writer < 0) return "never written";
         if (w.writer >= mbarrier(0)) return "a copy to there has not been waited for";
         if (!now.knows(w.writer, w.epoch)) return "race with a write by " + name(w.writer);

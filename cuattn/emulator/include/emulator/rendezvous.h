@@ -46,11 +46,11 @@ struct Mbarrier {
     std::vector<int> waiting;  // threads
 };
 
-// A copy of the copy engine: units of 16 bytes of shared memory and, for each byte, where it comes from.
+// A copy of the copy engine: units of 16 bytes of shared memory and, for each byte, its place in a tensor.
 struct Unit {
-    uint32_t to;
-    int first, end;    // bytes that lie inside of the tensor; the others become zeros
-    const char* from;  // of byte 0
+    uint32_t shared;
+    int first, end;  // bytes that lie inside of the tensor
+    char* global;    // of byte 0
 };
 struct BoxCopy {
     std::vector<Unit> units;

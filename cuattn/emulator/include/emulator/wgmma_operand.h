@@ -61,20 +61,10 @@ class Readership {
 
     // The word's last write is known to all of them, and visible to the tensor cores.
     void check(uint32_t address) {
-        const SharedMemory& shared = block->shared;
         const Word& word = block->shared.word(address);
         const bool quiet = word.copies_under_way == 0 && !word.is_barrier && word.writer >= 0;
         if (quiet && word.writer == writer_ && word.epoch == epoch_) return;
-        for (const Moment& now : members_) {
-            if (!quiet || !now.knows(word.writer, word.epoch)) {
-                fail_access("wgmma", address, 4, block->shared.why(address, now));
-            }
-            if (word.writer < shared.tensor_core(0) && !now.sees_through_proxy(word.writer, word.epoch)) {
-                fail_access("wgmma", address, 4,
-                            "a store by thread " + std::to_string(word.writer) +
-                                " is not visible to the asynchronous proxy: no fence_async_proxy after it");
-            }
-        }
+        for (const Moment& now : members_) check_asynchronous_read("wgmma", address, now);
         writer_ = word.writer, epoch_ = word.epoch;
     }
 

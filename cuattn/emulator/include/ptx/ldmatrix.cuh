@@ -35,4 +35,23 @@ void ldmatrix_x4(u32 (&r)[4], u32 row) {
 inline void ldmatrix_x4(u32 (&r)[4], u32 row) { host::ldmatrix_x4<false>(r, row); }
 inline void ldmatrix_x4_trans(u32 (&r)[4], u32 row) { host::ldmatrix_x4<true>(r, row); }
 
+inline void stmatrix_x4(u32 row, const u32 (&r)[4]) {
+    u32 mine[4] = {};
+    struct Request {
+        const u32* registers;
+        u32* row;
+    };
+    const Request request{r, mine};
+    emulator::warp_collective("stmatrix", 0xffffffffu, &request, [](const void* const* all) {
+        for (int lane = 0; lane < 32; ++lane) {
+            for (int pair = 0; pair < 4; ++pair) {  // of row lane % 8 of matrix lane / 8
+                const int owner = lane % 8 * 4 + pair;
+                static_cast<const Request*>(all[lane])->row[pair] =
+                    static_cast<const Request*>(all[owner])->registers[lane / 8];
+            }
+        }
+    });
+    emulator::store_shared(row, mine, 16);
+}
+
 }  // namespace cuattn::ptx
