@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from cuattn import config as configs
 from cuattn import contract
-from cuattn.config import ColumnsConfig, DecodeConfig, ForwardConfig, ForwardSm90Config, KernelConfig
+from cuattn.config import ColumnsConfig, DecodeConfig, ForwardConfig, ForwardSm90Config, KernelConfig, hopper
 from cuattn.interop import Tensor
 from cuattn.launches import LARGEST_GRID, Allocate, Launch, Target, sequence_arrays, set_pages, strides_of
 from cuattn.params import (
@@ -101,6 +101,13 @@ class Attend:
             return {}
         return {name: TensorMap.of(tensor, rows) for name, tensor in tensors.items()}
 
+    def _out_boxes(self) -> dict[str, TensorMap]:
+        """What the copy engine needs to know to store a warp's rows; nothing where they are no box of the outputs."""
+        out, group = self.outputs["out"], self.problem.group
+        if hopper.WARP_ROWS % group or not can_map(out):
+            return {}
+        return {"out_map": TensorMap.of(out, hopper.WARP_ROWS // group, group)}
+
     def many_rows(self, allocate: Allocate, few_rows: int) -> list[Launch]:
         """A block for each tile of rows; sequences of at most ``few_rows`` rows are left to another launch."""
         problem, config = self.problem, self.many_rows_config
@@ -153,20 +160,25 @@ class Attend:
     ) -> Launch:
         """The copy engine reads keys and values through maps of them where they lie in one piece; where they do not, or
         there is no such map, threads read them."""
-        pages = self.problem.paged and isinstance(config, ForwardSm90Config)  # whose rows threads read
+        problem = self.problem
+        pages = problem.paged and isinstance(config, ForwardSm90Config)  # whose rows threads read
         maps = {} if pages else self._boxes(config.key_tile)
         if isinstance(config, ForwardSm90Config) and (self.paged or not maps):
             config = replace(config, ragged=True, paged=True)
+        if isinstance(config, ForwardSm90Config) and config.can_store_boxes:
+            maps |= self._out_boxes()
+            config = replace(config, out_boxes="out_map" in maps)
         finished = {}
         if config.merged_floats and contract.chunk_count(self.key_length) > 1:
             finished["merged"] = allocate((blocks, config.merged_floats), "float32")
         params = ForwardSm90Params(
             call=SplitParams(self.params, partials),
             merged=finished["merged"].pointer if finished else None,
-            mapped=bool(maps),
+            mapped="key_map" in maps,
             box_rows=maps["key_map"].rows if maps else 0,
             pieces=pieces,
             items=items,
+            group_shift=problem.group.bit_length() - 1,
         )
         launch = self._launch(config, blocks, params, config.row_tile, {**scratch, **finished})
         return replace(launch, tensor_maps=maps)

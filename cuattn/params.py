@@ -108,12 +108,14 @@ class ForwardSm90Params(ctypes.Structure):
         [
             ("key_map", TensorMapBytes),
             ("value_map", TensorMapBytes),
+            ("out_map", TensorMapBytes),
             ("call", SplitParams),
             ("merged", _POINTER),
             ("mapped", _INT),
             ("box_rows", _INT),
             ("pieces", _INT),
             ("items", _INT),
+            ("group_shift", _INT),
         ]
     )
 

@@ -4,7 +4,7 @@ import ctypes
 import functools
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cuattn.interop import Tensor
@@ -35,8 +35,8 @@ Encode = Callable[["TensorMap"], bytes]
 class TensorMap:
     """Boxes of a 4-d tensor of 16-bit elements, axes innermost first: column, token, head, batch.
 
-    A box has 64 columns and ``rows`` tokens of one head and batch entry; what lies outside of the tensor is zero. Rows
-    of a box lie one behind the other, with the swizzle of 128 bytes.
+    A box has 64 columns and ``rows`` tokens of ``heads`` heads of one batch entry; what lies outside of the tensor is
+    zero, and not written. A head's rows lie one behind the other, with the swizzle of 128 bytes.
 
     dims: the tensor's extents; strides: in bytes, of all axes but the first.
     """
@@ -46,14 +46,16 @@ class TensorMap:
     dims: tuple[int, int, int, int]
     strides: tuple[int, int, int]
     rows: int
+    heads: int = 1
 
     @classmethod
-    def of(cls, tensor: Tensor, rows: int) -> "TensorMap":
+    def of(cls, tensor: Tensor, rows: int, heads: int = 1) -> "TensorMap":
         """Of a tensor (batch, head, token, column) for which `can_map` holds; ValueError for another one."""
         if not can_map(tensor):
             raise ValueError(f"tensor: got one that no tensor map can describe: {tensor}")
-        if not 1 <= rows <= LARGEST_BOX:
-            raise ValueError(f"rows: got {rows}, expected 1 to {LARGEST_BOX}")
+        for name, extent in (("rows", rows), ("heads", heads)):
+            if not 1 <= extent <= LARGEST_BOX:
+                raise ValueError(f"{name}: got {extent}, expected 1 to {LARGEST_BOX}")
         batch, head, token, column = tensor.shape
         # along an axis of one element nothing moves, but the driver wants a distance that could be one
         row = -(-column * _ITEMSIZE // _UNIT) * _UNIT
@@ -62,15 +64,15 @@ class TensorMap:
             for extent, stride in zip(tensor.shape[:3], tensor.strides[:3], strict=True)
         )
         strides = (token_stride, head_stride, batch_stride)
-        return cls(tensor.pointer, tensor.dtype, (column, token, head, batch), strides, rows)
+        return cls(tensor.pointer, tensor.dtype, (column, token, head, batch), strides, rows, heads)
 
     def at(self, pointer: int) -> "TensorMap":
         """The map of a tensor of the same form that lies elsewhere, at a multiple of 16 bytes."""
-        return TensorMap(pointer, self.dtype, self.dims, self.strides, self.rows)
+        return replace(self, pointer=pointer)
 
     @property
     def box(self) -> tuple[int, int, int, int]:
-        return (BOX_COLUMNS, self.rows, 1, 1)
+        return (BOX_COLUMNS, self.rows, self.heads, 1)
 
 
 def can_map(tensor: Tensor) -> bool:

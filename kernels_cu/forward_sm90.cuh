@@ -46,8 +46,13 @@ class Consumer {
           query_(ptx::shared_address(shared.query[number])),
           queries_filled_(ptx::shared_address(&shared.queries_filled[number])),
           queries_free_(ptx::shared_address(&shared.queries_free[number])),
-          merged_rows_(ptx::shared_address(shared.merged[number * 4 + warp()])) {
+          merged_(ptx::shared_address(shared.merged)) {
         if (number == consumers - 1) pass_turn();  // the first warpgroup has the first turn
+    }
+
+    // The copy engine has read what this warp stores, before its room is written again or the warp ends.
+    __device__ __forceinline__ static void settle() {
+        if constexpr (config::out_boxes) Box::settle();
     }
 
     // Computes the chunks of `work` for this warpgroup's rows, and stores the results, or partial results.
@@ -243,6 +248,7 @@ class Consumer {
     __device__ __forceinline__ void finish_chunk(const Work& work, int chunk, RowStatistics& rows) {
         if (!split || work.first_chunk == 0) {
             merged().fold(out_, rows, chunk == 0);
+            settle();
             merged().store(out_, rows);
         } else {
             rows.sum[0] = quad_sum(rows.sum[0]);
@@ -263,22 +269,29 @@ class Consumer {
     __device__ __forceinline__ void store(const Work& work) const {
         const KeySequence& sequence = work.sequence;
         const int first = first_row_of(work);
-        store_rows<value_dim, config::bfloat16>(
-            out_, rows_, first, sequence.query_length * params_.group, [&](int row) {
-                const PackedRow packed(params_, work.key_head, first + row);
-                return RowPlace{static_cast<u16*>(params_.out) +
-                                    packed.offset(params_.out_strides, sequence.query_batch, sequence.query_start),
-                                params_.lse
-                                    ? params_.lse + packed.index(params_, sequence.query_batch, sequence.query_start)
-                                    : nullptr};
-            });
+        if constexpr (config::out_boxes) {
+            settle();
+            Box::store(call_, work, first, out_, rows_, room());
+        } else {
+            const int batch = sequence.query_batch, start = sequence.query_start;
+            store_rows<value_dim, config::bfloat16>(
+                out_, rows_, first, sequence.query_length * params_.group, [&](int row) {
+                    const PackedRow packed(params_, work.key_head, first + row);
+                    return RowPlace{
+                        static_cast<u16*>(params_.out) + packed.offset(params_.out_strides, batch, start),
+                        params_.lse ? params_.lse + packed.index(params_, batch, start) : nullptr};
+                });
+        }
     }
 
     // Made anew for each use, rather than a pointer kept in registers.
     __device__ __forceinline__ Merged merged() const {
         const i64 place = (i64(blockIdx.x) * consumers + number_) * 4 + warp();
-        return Merged(merged_rows_, call_.merged + place * Merged::out_floats);
+        constexpr int rows = consumers * 4 * Merged::out_bytes;  // behind all outputs
+        return Merged(room(), merged_ + rows + (number_ * 4 + warp()) * Merged::row_bytes,
+                      call_.merged + place * Merged::out_floats);
     }
+    __device__ __forceinline__ u32 room() const { return merged_ + (number_ * 4 + warp()) * Merged::out_bytes; }
 
     __device__ __forceinline__ void multiply_keys() { Products::multiply_keys(score_, held_, query_, slot()); }
     __device__ __forceinline__ void multiply_values(bool adds) {
@@ -310,7 +323,7 @@ class Consumer {
     const ForwardParams& params_;
     const RingAddress ring_;
     const int number_;
-    const u32 query_, queries_filled_, queries_free_, merged_rows_;
+    const u32 query_, queries_filled_, queries_free_, merged_;
     u32 queries_parity_ = 0;
     At at_;
     RowStatistics rows_;
@@ -380,6 +393,7 @@ extern "C" __global__ void __launch_bounds__(threads, 1)
         if constexpr (moves_registers) ptx::claim_registers<config::consumer_registers>();
         Consumer consumer(params, ring, shared, number - 1);
         for_each_work<block_rows>(params, lane, start, [&](const Work& work) { consumer.attend(work); });
+        Consumer::settle();
     }
 }
 

@@ -7,10 +7,12 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
-from cuattn import env
+from cuattn import dispatch, env
+from cuattn.launches import Launch
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -39,6 +41,20 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(env.kernel_dir(), folder)
     monkeypatch.setenv(env.KERNEL_DIR, str(folder))
     return folder
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """The launches of the emulated calls of a test."""
+    seen: list[Launch] = []
+    run = dispatch.emulator.run
+
+    def noting(launches: list[Launch], *order: Any) -> None:
+        seen.extend(launches)
+        run(launches, *order)
+
+    monkeypatch.setattr(dispatch.emulator, "run", noting)
+    return seen
 
 
 @pytest.fixture

@@ -1,11 +1,14 @@
 """Running tests/kernels/hopper.cuh and its companions, emulated, on NumPy arrays of bits."""
 
 import ctypes
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 from exact_products import Bits
 from hardware_kernels import Array, emulated, products
 
@@ -13,6 +16,7 @@ from cuattn import emulator
 from cuattn.config import KernelConfig
 from cuattn.config.base import Constants
 from cuattn.emulator import build
+from cuattn.errors import EmulatorError
 from cuattn.interop import import_tensor
 from cuattn.launches import Launch
 
@@ -100,6 +104,42 @@ class Product:
 
     def _load(self, config: KernelConfig) -> ctypes.CDLL:
         return build.load_kernel(config.name, self.source, config.kernel, config.params)
+
+
+class Case(NamedTuple):
+    """A product and its bits by mma_m16n8k16."""
+
+    product: Product
+    expected: npt.NDArray[np.uint32]
+
+    def check(self, schedule: str = "ascending", seed: int = 1) -> None:
+        np.testing.assert_array_equal(self.product.run(schedule, seed), self.expected)
+
+
+class Bug(NamedTuple):
+    """One change of the kernels and a pattern of what the emulator says about it."""
+
+    old: str
+    new: str
+    error: str
+    kernel: str = "ring"
+
+    def check(self, product: Product) -> None:
+        """The changed kernel is found wrong in every order of threads."""
+        assert SOURCE.count(self.old) == 1, f"{self.old!r} is there {SOURCE.count(self.old)} times"
+        product.source = SOURCE.replace(self.old, self.new)
+        for schedule in emulator.SCHEDULES:
+            with pytest.raises(EmulatorError) as caught:
+                product.run(schedule)
+            assert re.search(self.error, str(caught.value)), f"{schedule}: {caught.value}"
+
+
+def padded(matrix: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint16]:
+    """The same, with rows of a multiple of 16 bytes, as the copy engine needs them; NaN fill the gaps."""
+    rows, columns = matrix.shape
+    wide = np.full((rows, -(-columns // 8) * 8), 0xFFFF, np.uint16)
+    wide[:, :columns] = matrix
+    return wide[:, :columns]
 
 
 def chained(dtype: str, left: Bits, right: Bits, start: npt.NDArray[np.float32] | None = None) -> Bits:

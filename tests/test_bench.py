@@ -15,7 +15,7 @@ from cuattn import env
 from cuattn.bench import answers, backward, chunked, decode, host, jit, prefill, rates, results, timing
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
-SCRIPTS = (*("accuracy", "contract_choices", "counters", "gpu_suite", "padded", "sanitize", "smoke"),)
+SCRIPTS = (*("accuracy", "contract_choices", "counters", "gpu_suite", "padded", "sanitize", "smoke", "variants"),)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -54,7 +54,7 @@ def test_columns_say_what_and_where_from(module: ModuleType) -> None:
     assert any(column.startswith("percent_of_") for column in columns)
 
 
-@pytest.mark.parametrize("script", ["padded", "accuracy", "contract_choices"])
+@pytest.mark.parametrize("script", ["padded", "accuracy", "contract_choices", "variants"])
 def test_columns_of_scripts(load, script: str) -> None:
     columns = load(script).COLUMNS
     assert len(set(columns)) == len(columns)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from backends import SM_90A
 from changed import assert_found
+from hopper_calls import SM_90, TORCH, in_order
 from problems import normal
 
 import cuattn
@@ -19,10 +20,7 @@ from cuattn import dispatch, emulator
 from cuattn.config import CombineConfig, DecodeConfig
 from cuattn.errors import EmulatorError
 from cuattn.launches import Launch
-from cuattn.testing import TorchLibrary, assert_bitwise_equal
-
-TORCH = TorchLibrary()
-SM_90 = ("emulator", "sm_90")
+from cuattn.testing import assert_bitwise_equal
 
 
 @dataclass(frozen=True)
@@ -72,26 +70,7 @@ class Decode:
 
     def run(self, schedule: str = "ascending", seed: int = 1) -> Any:
         """On the emulated Hopper GPU, in that order of threads."""
-        whole = emulator.run
-        try:
-            dispatch.emulator.run = lambda launches: whole(launches, schedule, seed)
-            return self.on(SM_90A)
-        finally:
-            dispatch.emulator.run = whole
-
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
-    """The launches of the calls of a test."""
-    seen: list[Launch] = []
-    run = dispatch.emulator.run
-
-    def noting(launches: list[Launch], *order: Any) -> None:
-        seen.extend(launches)
-        run(launches, *order)
-
-    monkeypatch.setattr(dispatch.emulator, "run", noting)
-    return seen
+        return in_order(lambda: self.on(SM_90A), schedule, seed)
 
 
 CASES = {

@@ -15,20 +15,18 @@ import pytest
 import torch
 from backends import SM_80, SM_90A, attention_on
 from changed import assert_found
+from hopper_calls import SM_90, TORCH, arrays, assert_same, both_families, configs_of, in_order
 from planted_problems import ManyRows
-from problems import normal
 from surface import ASKED, Surface, arranged, covering
 
 import cuattn
-from cuattn import dispatch, emulator, testing
+from cuattn import emulator, testing
 from cuattn.attend import SMALLEST_BOX
-from cuattn.config import DecodeConfig, ForwardSm90Config
+from cuattn.config import ForwardSm90Config
 from cuattn.launches import Launch
 from cuattn.schedule import FEW_ROWS
-from cuattn.testing import BitwiseMismatch, TorchLibrary, assert_bitwise_equal
+from cuattn.testing import BitwiseMismatch, assert_bitwise_equal
 
-TORCH = TorchLibrary()
-SM_90 = ("emulator", "sm_90")
 #: Keys of the sequences, by the rows of the longest.
 KEYS = {1: (1100, 0, 513, 77), 5: (640, 4, 0, 130), 129: (700, 0, 130), 257: (520, 3, 258)}
 KERNELS = (
@@ -39,24 +37,6 @@ KERNELS = (
     ("bfloat16", (256, 256), "full"),
     ("float16", (40, 72), "causal"),
 )
-
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
-    """The launches of the calls of a test."""
-    seen: list[Launch] = []
-    run = dispatch.emulator.run
-
-    def noting(launches: list[Launch]) -> None:
-        seen.extend(launches)
-        run(launches)
-
-    monkeypatch.setattr(dispatch.emulator, "run", noting)
-    return seen
-
-
-def configs_of(launches: list[Launch]) -> list[ForwardSm90Config | DecodeConfig]:
-    return [one.config for one in launches if isinstance(one.config, ForwardSm90Config | DecodeConfig)]
 
 
 def bits_on(backend: tuple[str, str | None], case: Surface) -> list[Any]:
@@ -83,28 +63,6 @@ def test_the_bits_of_the_portable_kernels(case: Surface, launched: list[Launch])
     hopper = boxes and (rows <= (16 if small else 8) or (small and not paged))
     portable = rows <= FEW_ROWS and not case.way.startswith("packed") and not hopper
     assert bool(configs_of(launched)) != portable, "the kernel for Hopper ran"
-
-
-def arrays(
-    *shape: int, heads: tuple[int, int] = (2, 1), dims: tuple[int, int] = (64, 64), dtype: str = "bfloat16"
-) -> list[torch.Tensor]:
-    """q, k, v of (batch, rows, keys)."""
-    batch, rows, keys = shape
-    shapes = ((batch, heads[0], rows, dims[0]), *((batch, heads[1], keys, dim) for dim in dims))
-    return [TORCH.array(normal(one, dtype, 7 * i + keys), dtype) for i, one in enumerate(shapes)]
-
-
-def both_families(*tensors: torch.Tensor, **options: Any) -> tuple[Any, Any]:
-    results = []
-    for backend in (SM_90, SM_90A):
-        with cuattn.use_backend(*backend):
-            results.append(cuattn.attention(*tensors, return_lse=True, **options))
-    return results[0], results[1]
-
-
-def assert_same(first: Any, second: Any) -> None:
-    for a, b in zip(first, second, strict=True):
-        assert_bitwise_equal(a, b)
 
 
 def test_control_of_the_comparison() -> None:
@@ -214,13 +172,8 @@ class Asked:
         masked = {"key_padding_mask": exists.expand(2, -1)}
         options = masked if self.holes or self.left else {"kv_lengths": torch.tensor([200, 200])}
         options = {name: x.int() if name == "kv_lengths" else x for name, x in options.items()}
-        whole = emulator.run
-        try:
-            dispatch.emulator.run = lambda launches: whole(launches, schedule, seed)
-            with cuattn.use_backend(*SM_90A):
-                return cuattn.attention(q, k, v, return_lse=True, **options)
-        finally:
-            dispatch.emulator.run = whole
+        with cuattn.use_backend(*SM_90A):
+            return in_order(lambda: cuattn.attention(q, k, v, return_lse=True, **options), schedule, seed)
 
 
 #: More tiles of rows than an emulated device has multiprocessors; queries in registers, or in shared memory alone.

@@ -110,10 +110,18 @@ def test_an_axis_of_one_element_gets_a_row_for_a_stride() -> None:
     assert TensorMap.of(strided((1, 1, 1, 4), (0, 0, 0, 1)), 8).strides == (16, 16, 16)
 
 
-@pytest.mark.parametrize("rows", [0, -1, 257])
-def test_boxes_that_the_hardware_does_not_have(rows: int) -> None:
-    with pytest.raises(ValueError, match=f"rows: got {rows}, expected 1 to 256"):
-        TensorMap.of(tensor(2, 3, 5, 64), rows)
+@pytest.mark.parametrize("extent", [0, -1, 257])
+def test_boxes_that_the_hardware_does_not_have(extent: int) -> None:
+    for name, box in (("rows", (extent, 1)), ("heads", (1, extent))):
+        with pytest.raises(ValueError, match=f"{name}: got {extent}, expected 1 to 256"):
+            TensorMap.of(tensor(2, 3, 5, 64), *box)
+
+
+def test_boxes_of_several_heads() -> None:
+    described = TensorMap.of(tensor(2, 8, 5, 64), 4, 4)
+    assert described.box == (64, 4, 4, 1)
+    assert struct.unpack("=16Q", tensor_map.encode_emulated(described))[11:15] == described.box
+    assert described.at(1 << 20) == replace(described, pointer=1 << 20)
 
 
 def test_the_emulators_form() -> None:
@@ -153,7 +161,7 @@ def test_the_driver_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(driver.calls) == 2
     assert str(caught.value) == (
         "cuTensorMapEncodeTiled failed with CUDA error 1: TensorMap(pointer=1048576, dtype='bfloat16', "
-        "dims=(72, 5, 3, 2), strides=(432, 144, 2160), rows=80), box (64, 80, 1, 1), swizzle of 128 bytes"
+        "dims=(72, 5, 3, 2), strides=(432, 144, 2160), rows=80, heads=1), box (64, 80, 1, 1), swizzle of 128 bytes"
     )
 
 

@@ -33,6 +33,7 @@ from cuattn.bench.rates import RATES, Recorder, attention_flop, print_summary, r
 from cuattn.bench.results import PROVENANCE, within
 from cuattn.bench.runs import begin, finish
 from cuattn.bench.timing import Times
+from cuattn.launches import Launch
 
 COLUMNS = (
     *("figure", "pass", "dtype", "mask", "head_dim", "value_dim", "length", "batch", "heads"),
@@ -99,13 +100,13 @@ def why_refused(problem: Problem, inputs: Inputs, gold: Any, references: Mapping
     return reason or answers.why_not_invariant(cuattn.attention, q, k, v, problem.mask, out)
 
 
-def prepared_launches(q: Any, k: Any, v: Any, mask: str) -> Call:
-    """The launches alone: checked, planned, with outputs and workspace in place."""
+def planned_launches(q: Any, k: Any, v: Any, mask: str) -> tuple[list[Launch], tuple[Any, Any]]:
+    """Launches with outputs and workspace in place, which keep the memory that they touch alive; output and LSE."""
     import torch
 
     from cuattn.checks import check_attention
     from cuattn.interop import Tensor, import_tensor
-    from cuattn.launch import device_architecture, launch_kernel, processor_count
+    from cuattn.launch import device_architecture, processor_count
     from cuattn.launches import Target
     from cuattn.schedule import plan_forward
 
@@ -119,12 +120,21 @@ def prepared_launches(q: Any, k: Any, v: Any, mask: str) -> Call:
     outputs = torch.empty(problem.out_shape, dtype=q.dtype, device=q.device), torch.empty(q.shape[:3], device=q.device)
     out, lse = (import_tensor(x, "out") for x in outputs)
     target = Target(device_architecture(index), processor_count(index))
-    launches = plan_forward(problem, out, lse, target, allocate)  # which keep the memory that they touch alive
+    return plan_forward(problem, out, lse, target, allocate), outputs
+
+
+def prepared_launches(q: Any, k: Any, v: Any, mask: str) -> Call:
+    """The launches alone: checked, planned, with outputs and workspace in place."""
+    import torch
+
+    from cuattn.launch import launch_kernel
+
+    launches, outputs = planned_launches(q, k, v, mask)
     stream = torch.cuda.current_stream().cuda_stream
 
     def launch() -> Any:
         for one in launches:
-            launch_kernel(one, index, stream)
+            launch_kernel(one, q.device.index, stream)
         return outputs
 
     return launch

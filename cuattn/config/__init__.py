@@ -104,12 +104,12 @@ def attention_configs(
     shape = (head_dim, value_dim, mask, dtype, arch)
     lengths = [(False, False), (True, False), (True, True)]
     many = [many_rows(*shape, ragged, paged) for ragged, paged in lengths]
-    shared = [replace(kernel, split=True) for kernel in many if isinstance(kernel, ForwardSm90Config) and kernel.ragged]
-    few = [
-        few_rows(*shape, paged, rows, boxes) for paged, rows, boxes in product((False, True), FEW_ROWS, (True, False))
-    ]
+    hopper_kernels = [kernel for kernel in many if isinstance(kernel, ForwardSm90Config)]
+    shared = [replace(kernel, split=True) for kernel in hopper_kernels if kernel.ragged]
+    boxes = [replace(kernel, out_boxes=True) for kernel in hopper_kernels if kernel.can_store_boxes]
+    few = [few_rows(*shape, paged, rows, maps) for paged, rows, maps in product((False, True), FEW_ROWS, (True, False))]
     partial = columns(*shape, paged=False, split=True)
-    return [*dict.fromkeys([*many, *shared, *few, partial]), CombineConfig(value_dim, dtype, arch)]
+    return [*dict.fromkeys([*many, *shared, *boxes, *few, partial]), CombineConfig(value_dim, dtype, arch)]
 
 
 def backward_configs(

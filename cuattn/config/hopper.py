@@ -22,6 +22,8 @@ ROW_BLOCK, VALUE_WARPS = 8, 4
 START_BYTES = 40 * 4 * 32
 #: What a consumer's thread needs besides outputs, scores, weights and queries, found by trying; the most it can have.
 OTHER_REGISTERS, MOST_REGISTERS = 40, 255
+#: Rows of a warp, of which the copy engine can store a box; whether it does: not before it has been measured.
+WARP_ROWS, STORES_BOXES = 16, False
 #: More slots than this do not hide more latency; with fewer, two warpgroups half a step apart leave none to be filled.
 MOST_SLOTS, FEWEST_SLOTS = 8, 4
 
@@ -32,6 +34,7 @@ class ForwardSm90Config(KernelConfig):
 
     Where keys lie a fixed distance apart the copy engine fetches them, else (paged) threads do. With ``split`` (then
     ragged, too) blocks share the chunks of rows; with ``few`` as well, a block has any range of the chunks of any rows.
+    With ``out_boxes`` (where `can_store_boxes`) finished rows leave through shared memory by the copy engine.
     """
 
     kernel = "forward_sm90"
@@ -46,6 +49,7 @@ class ForwardSm90Config(KernelConfig):
     paged: bool = False
     split: bool = False
     few: bool = False
+    out_boxes: bool = False
 
     blocks_per_multiprocessor = 1
     overlaps = True
@@ -54,6 +58,7 @@ class ForwardSm90Config(KernelConfig):
     def name(self) -> str:
         shared = "_few" if self.few else "_split" if self.split else ""
         kind = shared + ("_paged" if self.paged else "_ragged" if self.ragged else "")
+        kind += "_boxes" * self.out_boxes
         return f"{self.kernel}_{dims_name(self.head_dim, self.value_dim)}_{self.mask}{kind}_{self.dtype}_{self.arch}"
 
     @property
@@ -77,6 +82,7 @@ class ForwardSm90Config(KernelConfig):
             "consumers": self.consumers,
             "ring_slots": self.ring_slots,
             "merged_in_shared": self.merged_in_shared,
+            "out_boxes": self.out_boxes,
             "producer_registers": self.producer_registers,
             "consumer_registers": self.consumer_registers,
         }
@@ -107,6 +113,11 @@ class ForwardSm90Config(KernelConfig):
     def merged_in_shared(self) -> bool:
         """Whether shared memory holds the outputs of finished chunks; else a workspace does."""
         return self._shape[1]
+
+    @property
+    def can_store_boxes(self) -> bool:
+        """Whether finished rows may leave as boxes: they find room in shared memory, and sequences have one length."""
+        return STORES_BOXES and self.merged_in_shared and not self.ragged
 
     @property
     def ring_slots(self) -> int:

@@ -4,6 +4,7 @@
 #include <attn/chunks.cuh>
 #include <attn/key_copies.cuh>
 #include <attn/key_row_copies.cuh>
+#include <attn/out_boxes.cuh>
 #include <attn/ring.cuh>
 #include <attn/tile.cuh>
 #include <attn/warpgroup_products.cuh>
@@ -37,17 +38,20 @@ using QueryTile = Tile<tile_dim, 2, group_rows>;
 using KeyTile = Tile<tile_dim, 2, key_tile>;
 using ValueTile = Tile<value_tile_dim, 2, key_tile>;
 using Merged = MergedChunks<value_columns / 8, config::merged_in_shared>;
+using Box = OutBox<value_tile_dim, value_dim, config::bfloat16>;  // in the room of a warp's finished chunks
 using Products = WarpgroupProducts<config::bfloat16, head_dim, held_queries, value_columns, key_tile>;
 using At = RingPlace<ring_slots>;
 
 struct SharedMemory {
     alignas(1024) u16 query[consumers][query_elements];
     alignas(1024) u16 ring[ring_slots][slot_elements];
-    unsigned char merged[consumers * 4][Merged::bytes_per_warp];
+    unsigned char merged[consumers * 4 * Merged::bytes_per_warp];  // all warps' outputs, then all warps' rows
     u64 filled[ring_slots], free[ring_slots], landed;
     u64 queries_filled[consumers], queries_free[consumers];
 };
 static_assert(sizeof(SharedMemory) == config::shared_bytes);
+static_assert(!config::out_boxes || (config::merged_in_shared && !config::ragged && Box::bytes <= Merged::out_bytes &&
+                                     Merged::out_bytes % 1024 == 0));
 static_assert(QueryTile::row_bytes <= 1024 && sizeof(u64) == ptx::mbarrier_bytes);
 
 using KeyRows =

@@ -31,10 +31,14 @@ class MergedChunks {
   public:
     static constexpr int out_floats = blocks * 32 * 4;  // [column block][lane][4]
     static constexpr int out_bytes = out_in_shared ? out_floats * 4 : 0;
-    static constexpr int bytes_per_warp = out_bytes + 8 * 16;  // then [lane / 4]: two references, two sums
+    static constexpr int row_bytes = 8 * 16;  // [lane / 4]: two references, two sums
+    static constexpr int bytes_per_warp = out_bytes + row_bytes;
 
-    __device__ __forceinline__ explicit MergedChunks(u32 warp_memory, float* warp_out = nullptr)
-        : memory_(warp_memory), out_(warp_out) {}
+    // Rows lie behind the outputs, or elsewhere.
+    __device__ __forceinline__ explicit MergedChunks(u32 warp_memory)
+        : memory_(warp_memory), rows_(warp_memory + out_bytes), out_(nullptr) {}
+    __device__ __forceinline__ MergedChunks(u32 warp_memory, u32 warp_rows, float* warp_out)
+        : memory_(warp_memory), rows_(warp_rows), out_(warp_out) {}
 
     // Folds the finished chunk in `out` and `rows` into what is stored; the merged result is in `out` and `rows`, its
     // sums complete. `first`: nothing is stored yet, which is the fold into R = no_reference, L = 0, O = 0.
@@ -90,9 +94,9 @@ class MergedChunks {
             ptx::store_global_f32x4(global_slot(block), x);
         }
     }
-    __device__ __forceinline__ u32 row_slot() const { return memory_ + out_bytes + (threadIdx.x & 31) / 4 * 16; }
+    __device__ __forceinline__ u32 row_slot() const { return rows_ + (threadIdx.x & 31) / 4 * 16; }
 
-    u32 memory_;
+    u32 memory_, rows_;
     float* out_;
 };
 

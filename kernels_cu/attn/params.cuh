@@ -70,13 +70,15 @@ struct SplitParams {
 
 struct ForwardSm90Params {
     TensorMap key_map, value_map;  // boxes of box_rows rows and 64 columns, where `mapped`
+    TensorMap out_map;             // boxes of 16 / group tokens, a key head's query heads and 64 columns; or nothing
     SplitParams call;
     float* merged;  // (blocks, warps, ...): workspace for finished chunks that do not fit into shared memory, or null
     int mapped;     // 0: keys and values can only be copied row by row
     int box_rows;   // of a box
     // that the chunks of a tile of rows are cut into; of few rows, where they are pieces: as many as a cluster has blocks, else 0
     int pieces;
-    int items;  // of many rows: pieces of all tiles, which the blocks share
+    int items;        // of many rows: pieces of all tiles, which the blocks share
+    int group_shift;  // with out_map: group is 1 << group_shift
 };
 
 struct CombineParams {

@@ -1,0 +1,137 @@
+"""Variants of the kernel for many rows on a GPU, timed in turns in one process: between processes rates differ by more.
+
+    python3 bench/variants.py [NAME=FOLDER ...] [--boxes] --head-dim 64 128 --length 512 2048 --csv FILE
+
+NAME is the kernels of FOLDER, a copy of kernels_cu with a change in it; "as it is" are those in use. --boxes: also with
+rows that the copy engine stores. Problems are those of `cuattn bench prefill`, and so are rates; a time is the median
+of the repeats. ratio: the rate over that of "as it is". Exit status 1 if a variant has other bits than "as it is", or,
+so that nothing is compared with itself, the same code.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from cuattn import env
+from cuattn.bench import answers, timing
+from cuattn.bench.options import add_grid
+from cuattn.bench.peers import Call
+from cuattn.bench.prefill import Inputs, Problem, planned_launches, problems
+from cuattn.bench.results import PROVENANCE, Results
+from cuattn.config import hopper
+from cuattn.jit import cubin_path
+from cuattn.launch import ReadyLaunch, load, words_of
+from cuattn.launches import Launch
+from cuattn.tensor_map import argument, encode
+
+COLUMNS = (
+    *("dtype", "mask", "head_dim", "value_dim", "length", "batch", "heads"),
+    *("variant", "tflops", "ratio", *timing.COLUMNS, *PROVENANCE),
+)
+AS_IT_IS = "as it is"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Kernels of a folder, None for those in use, whose rows leave as boxes or not."""
+
+    folder: Path | None = None
+    boxes: bool = hopper.STORES_BOXES
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        variables = {env.KERNEL_DIR: str(self.folder)} if self.folder else {}
+        with mock.patch.dict(os.environ, variables), mock.patch.object(hopper, "STORES_BOXES", self.boxes):
+            yield
+
+    def prepared(self, inputs: Inputs, mask: str) -> tuple[Call, tuple[bytes, ...]]:
+        """A call that launches and returns the output, and its kernels' code."""
+        import torch
+
+        with self.in_use():
+            launches, outputs = planned_launches(*inputs, mask)
+            stream = torch.cuda.current_stream().cuda_stream
+            ready = []
+            for one in launches:
+                words = words_of(argument(one.params, one.tensor_maps, encode))
+                ready.append(load(one.config).ready(one.grid, words, stream, one.cluster))
+            code = tuple(cubin_path(one.config).read_bytes() for one in launches)
+
+        return partial(_launched, ready, outputs[0], launches), code
+
+
+def _launched(ready: Sequence[ReadyLaunch], out: Any, kept: Sequence[Launch]) -> Any:
+    """The output; launches are kept for the memory that they touch."""
+    for launch in ready:
+        launch.launch()
+    return out
+
+
+def compare(problem: Problem, variants: dict[str, Variant], repeats: int, sets: int) -> list[dict[str, Any]]:
+    """A row for each variant. Raises ValueError where they cannot be compared."""
+    inputs = [problem.inputs() for _ in range(sets)]
+    calls: dict[str, Call] = {}
+    expected, codes = None, {}
+    for name, variant in variants.items():
+        prepared = [variant.prepared(each, problem.mask) for each in inputs]
+        calls[name] = timing.rotating([call for call, _ in prepared])
+        out = prepared[0][0]()
+        expected = out.clone() if expected is None else expected
+        if not answers.same_bits(out, expected):
+            raise ValueError(f"{problem}: {name} has other bits than {AS_IT_IS}")
+        if (other := codes.setdefault(prepared[0][1], name)) != name:
+            raise ValueError(f"{problem}: {name} has the code of {other}")
+    times = timing.time_in_turns(calls, repeats)
+    ms = timing.medians(times)
+    return [
+        {
+            **asdict(problem),
+            "variant": name,
+            "tflops": f"{problem.flop / ms[name] / 1e9:.1f}",
+            "ratio": f"{ms[AS_IT_IS] / ms[name]:.4f}",
+            **timing.figures(samples),
+        }
+        for name, samples in times.items()
+    ]
+
+
+def named(text: str) -> tuple[str, Variant]:
+    name, _, folder = text.partition("=")
+    if not Path(folder, "forward_sm90.cuh").is_file():
+        raise argparse.ArgumentTypeError(f"got {text}, expected NAME=FOLDER, a folder of kernels")
+    return name, Variant(Path(folder).resolve())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variants", nargs="*", type=named, metavar="NAME=FOLDER")
+    parser.add_argument("--boxes", action="store_true", help="rows that the copy engine stores, too")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--csv", type=Path, help="the file to write")
+    add_grid(parser, head_dim=[(64, 64), (128, 128)])
+    options = parser.parse_args()
+    variants = {AS_IT_IS: Variant(), **dict(options.variants)}
+    if options.boxes:
+        variants["boxes"] = Variant(boxes=True)
+    results, bad = Results(options.csv, COLUMNS), 0
+    for problem in problems(options.dtype, options.head_dim, options.length, options.tokens):
+        try:
+            results.add(rows := compare(problem, variants, options.repeats, options.sets))
+        except ValueError as error:
+            bad += 1
+            print(error, file=sys.stderr, flush=True)
+            continue
+        shown = ", ".join(f"{row['variant']} {row['tflops']} ({row['ratio']})" for row in rows)
+        print(f"{problem}: {shown}", flush=True)
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
