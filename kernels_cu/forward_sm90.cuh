@@ -277,9 +277,8 @@ class Consumer {
             store_rows<value_dim, config::bfloat16>(
                 out_, rows_, first, sequence.query_length * params_.group, [&](int row) {
                     const PackedRow packed(params_, work.key_head, first + row);
-                    return RowPlace{
-                        static_cast<u16*>(params_.out) + packed.offset(params_.out_strides, batch, start),
-                        params_.lse ? params_.lse + packed.index(params_, batch, start) : nullptr};
+                    return RowPlace{static_cast<u16*>(params_.out) + packed.offset(params_.out_strides, batch, start),
+                                    params_.lse ? params_.lse + packed.index(params_, batch, start) : nullptr};
                 });
         }
     }
