@@ -2,10 +2,10 @@
 
     python3 bench/variants.py [NAME=FOLDER ...] [--boxes] --head-dim 64 128 --length 512 2048 --csv FILE
 
-NAME is the kernels of FOLDER, a copy of kernels_cu with a change in it; "as it is" are those in use. --boxes: also with
-rows that the copy engine stores. Problems are those of `cuattn bench prefill`, and so are rates; a time is the median
-of the repeats. ratio: the rate over that of "as it is". Exit status 1 if a variant has other bits than "as it is", or,
-so that nothing is compared with itself, the same code.
+NAME is the kernels of FOLDER, a copy of kernels_cu with a change in it, which takes the same arguments; "as it is" are
+those in use. --boxes: also "boxes", with rows that the copy engine stores. Problems and rates are those of `cuattn
+bench prefill`; a time is the median of the repeats. ratio: the rate over that of "as it is". Exit status 1 if a variant
+has other bits than "as it is", or, so that nothing is compared with itself, the same code.
 """
 
 import argparse
@@ -21,21 +21,24 @@ from unittest import mock
 
 from cuattn import env
 from cuattn.bench import answers, timing
-from cuattn.bench.options import add_grid
+from cuattn.bench.options import add_grid, positive
 from cuattn.bench.peers import Call
 from cuattn.bench.prefill import Inputs, Problem, planned_launches, problems
 from cuattn.bench.results import PROVENANCE, Results
 from cuattn.config import hopper
 from cuattn.jit import cubin_path
-from cuattn.launch import ReadyLaunch, load, words_of
+from cuattn.launch import ReadyLaunch, load_anew, words_of
 from cuattn.launches import Launch
 from cuattn.tensor_map import argument, encode
 
 COLUMNS = (
-    *("dtype", "mask", "head_dim", "value_dim", "length", "batch", "heads"),
+    *("dtype", "mask", "head_dim", "value_dim", "length", "batch", "heads", "lse"),
     *("variant", "tflops", "ratio", *timing.COLUMNS, *PROVENANCE),
 )
-AS_IT_IS = "as it is"
+AS_IT_IS, BOXES = "as it is", "boxes"
+#: What kernels take is defined here, relative to their folder.
+ARGUMENTS = ("attn/params.cuh", "common/tensor_map.cuh")
+Outputs = tuple[Any, Any]  # output, and LSE or None
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Variant:
     """Kernels of a folder, None for those in use, whose rows leave as boxes or not."""
 
     folder: Path | None = None
-    boxes: bool = hopper.STORES_BOXES
+    boxes: bool = False
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
@@ -51,40 +54,43 @@ class Variant:
         with mock.patch.dict(os.environ, variables), mock.patch.object(hopper, "STORES_BOXES", self.boxes):
             yield
 
-    def prepared(self, inputs: Inputs, mask: str) -> tuple[Call, tuple[bytes, ...]]:
-        """A call that launches and returns the output, and its kernels' code."""
+    def prepared(self, inputs: Inputs, mask: str, lse: bool) -> tuple[Call, tuple[bytes, ...]]:
+        """A call that launches and returns output and LSE, if any, and its kernels' code."""
         import torch
 
         with self.in_use():
-            launches, outputs = planned_launches(*inputs, mask)
+            launches, outputs = planned_launches(*inputs, mask, lse)
             stream = torch.cuda.current_stream().cuda_stream
             ready = []
             for one in launches:
                 words = words_of(argument(one.params, one.tensor_maps, encode))
-                ready.append(load(one.config).ready(one.grid, words, stream, one.cluster))
+                ready.append(load_anew(one.config).ready(one.grid, words, stream, one.cluster))
             code = tuple(cubin_path(one.config).read_bytes() for one in launches)
 
-        return partial(_launched, ready, outputs[0], launches), code
+        return partial(_launched, ready, outputs, launches), code
 
 
-def _launched(ready: Sequence[ReadyLaunch], out: Any, kept: Sequence[Launch]) -> Any:
-    """The output; launches are kept for the memory that they touch."""
+def _launched(ready: Sequence[ReadyLaunch], outputs: Outputs, kept: Sequence[Launch]) -> Outputs:
+    """The outputs; launches are kept for the memory that they touch."""
     for launch in ready:
         launch.launch()
-    return out
+    return outputs
 
 
-def compare(problem: Problem, variants: dict[str, Variant], repeats: int, sets: int) -> list[dict[str, Any]]:
+def compare(
+    problem: Problem, variants: dict[str, Variant], repeats: int, sets: int, lse: bool = False
+) -> list[dict[str, Any]]:
     """A row for each variant. Raises ValueError where they cannot be compared."""
     inputs = [problem.inputs() for _ in range(sets)]
     calls: dict[str, Call] = {}
-    expected, codes = None, {}
+    expected: list[Any] = []
+    codes: dict[tuple[bytes, ...], str] = {}
     for name, variant in variants.items():
-        prepared = [variant.prepared(each, problem.mask) for each in inputs]
+        prepared = [variant.prepared(each, problem.mask, lse) for each in inputs]
         calls[name] = timing.rotating([call for call, _ in prepared])
-        out = prepared[0][0]()
-        expected = out.clone() if expected is None else expected
-        if not answers.same_bits(out, expected):
+        outputs = [x for call, _ in prepared for x in call() if x is not None]
+        expected = expected or [x.clone() for x in outputs]
+        if not all(map(answers.same_bits, outputs, expected)):
             raise ValueError(f"{problem}: {name} has other bits than {AS_IT_IS}")
         if (other := codes.setdefault(prepared[0][1], name)) != name:
             raise ValueError(f"{problem}: {name} has the code of {other}")
@@ -93,6 +99,7 @@ def compare(problem: Problem, variants: dict[str, Variant], repeats: int, sets: 
     return [
         {
             **asdict(problem),
+            "lse": int(lse),
             "variant": name,
             "tflops": f"{problem.flop / ms[name] / 1e9:.1f}",
             "ratio": f"{ms[AS_IT_IS] / ms[name]:.4f}",
@@ -103,27 +110,46 @@ def compare(problem: Problem, variants: dict[str, Variant], repeats: int, sets: 
 
 
 def named(text: str) -> tuple[str, Variant]:
-    name, _, folder = text.partition("=")
-    if not Path(folder, "forward_sm90.cuh").is_file():
+    name, _, path = text.partition("=")
+    folder = Path(path).resolve()
+    if not path or not (folder / "forward_sm90.cuh").is_file():
         raise argparse.ArgumentTypeError(f"got {text}, expected NAME=FOLDER, a folder of kernels")
-    return name, Variant(Path(folder).resolve())
+    for file in ARGUMENTS:
+        if (folder / file).read_bytes() != (env.kernel_dir() / file).read_bytes():
+            raise argparse.ArgumentTypeError(
+                f"got {text}, whose {file} is another one: its kernels take other arguments"
+            )
+    return name, Variant(folder)
+
+
+def chosen(named_ones: Sequence[tuple[str, Variant]], boxes: bool) -> dict[str, Variant]:
+    """By name, "as it is" first. Raises ValueError for names that stand for something else, and for nothing at all."""
+    ones = [(AS_IT_IS, Variant()), *[(BOXES, Variant(boxes=True))] * boxes, *named_ones]
+    names = [name for name, _ in ones]
+    if len(names) == 1:
+        raise ValueError("got no variant, expected NAME=FOLDER or --boxes")
+    if len(set(names)) < len(names):
+        raise ValueError(f"got the names {', '.join(names)}, expected each once")
+    return dict(ones)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variants", nargs="*", type=named, metavar="NAME=FOLDER")
     parser.add_argument("--boxes", action="store_true", help="rows that the copy engine stores, too")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--lse", action="store_true", help="the LSE is asked for, too")
+    parser.add_argument("--repeats", type=positive, default=15)
     parser.add_argument("--csv", type=Path, help="the file to write")
     add_grid(parser, head_dim=[(64, 64), (128, 128)])
     options = parser.parse_args()
-    variants = {AS_IT_IS: Variant(), **dict(options.variants)}
-    if options.boxes:
-        variants["boxes"] = Variant(boxes=True)
+    try:
+        variants = chosen(options.variants, options.boxes)
+    except ValueError as error:
+        parser.error(str(error))
     results, bad = Results(options.csv, COLUMNS), 0
     for problem in problems(options.dtype, options.head_dim, options.length, options.tokens):
         try:
-            results.add(rows := compare(problem, variants, options.repeats, options.sets))
+            results.add(rows := compare(problem, variants, options.repeats, options.sets, options.lse))
         except ValueError as error:
             bad += 1
             print(error, file=sys.stderr, flush=True)

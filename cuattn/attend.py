@@ -159,13 +159,13 @@ class Attend:
         items: int = 0,
     ) -> Launch:
         """The copy engine reads keys and values through maps of them where they lie in one piece; where they do not, or
-        there is no such map, threads read them."""
+        there is no such map, threads read them. It may also store outputs."""
         problem = self.problem
         pages = problem.paged and isinstance(config, ForwardSm90Config)  # whose rows threads read
         maps = {} if pages else self._boxes(config.key_tile)
         if isinstance(config, ForwardSm90Config) and (self.paged or not maps):
             config = replace(config, ragged=True, paged=True)
-        if isinstance(config, ForwardSm90Config) and config.can_store_boxes:
+        if isinstance(config, ForwardSm90Config) and config.may_store_boxes:
             maps |= self._out_boxes()
             config = replace(config, out_boxes="out_map" in maps)
         finished = {}
@@ -175,7 +175,7 @@ class Attend:
             call=SplitParams(self.params, partials),
             merged=finished["merged"].pointer if finished else None,
             mapped="key_map" in maps,
-            box_rows=maps["key_map"].rows if maps else 0,
+            box_rows=maps["key_map"].rows if "key_map" in maps else 0,
             pieces=pieces,
             items=items,
             group_shift=problem.group.bit_length() - 1,

@@ -13,7 +13,7 @@ from cuattn.jit import check_driver, cubin_path
 from cuattn.launches import Launch
 from cuattn.tensor_map import argument, encode
 
-__all__ = ["device_architecture", "device_count", "launch_kernel", "load", "loaded", "processor_count", "words_of"]
+__all__ = ["device_architecture", "device_count", "launch_kernel", "load_anew", "loaded", "processor_count", "words_of"]
 
 Words: TypeAlias = "array.array[int]"
 
@@ -143,11 +143,11 @@ def loaded(config: KernelConfig, device_index: int) -> Kernel:
 
 @functools.cache
 def _load(config: KernelConfig, device_index: int) -> Kernel:
-    return load(config)
+    return load_anew(config)
 
 
-def load(config: KernelConfig) -> Kernel:
-    """The kernel of the sources that are in use now, even if another one was loaded before; to the current device."""
+def load_anew(config: KernelConfig) -> Kernel:
+    """Compiles the sources that are in use now, if need be, and loads the kernel to the current device once more."""
     check_driver()
     function = import_cupy().RawModule(path=str(cubin_path(config))).get_function(config.kernel)
     function.max_dynamic_shared_size_bytes = config.shared_bytes  # needed above 48 KB; this also loads the kernel now

@@ -1,4 +1,4 @@
-"""Descriptions of tensors for the copy engine of Hopper GPUs, which copies boxes of them to shared memory by itself."""
+"""Descriptions of tensors for the copy engine of Hopper GPUs, which copies boxes of them to shared memory and back."""
 
 import ctypes
 import functools

@@ -286,8 +286,8 @@ class Consumer {
     // Made anew for each use, rather than a pointer kept in registers.
     __device__ __forceinline__ Merged merged() const {
         const i64 place = (i64(blockIdx.x) * consumers + number_) * 4 + warp();
-        constexpr int rows = consumers * 4 * Merged::out_bytes;  // behind all outputs
-        return Merged(room(), merged_ + rows + (number_ * 4 + warp()) * Merged::row_bytes,
+        constexpr int outputs_bytes = consumers * 4 * Merged::out_bytes;
+        return Merged(room(), merged_ + outputs_bytes + (number_ * 4 + warp()) * Merged::row_bytes,
                       call_.merged + place * Merged::out_floats);
     }
     __device__ __forceinline__ u32 room() const { return merged_ + (number_ * 4 + warp()) * Merged::out_bytes; }
@@ -373,6 +373,7 @@ extern "C" __global__ void __launch_bounds__(threads, 1)
     const RingAddress ring{ptx::shared_address(shared.ring), ptx::shared_address(shared.filled),
                            ptx::shared_address(shared.free), ptx::shared_address(&shared.landed)};
     if (threadIdx.x == 0 && params.mapped) KeyBoxes::prepare(params);
+    if (threadIdx.x == 0 && config::out_boxes) ptx::tma_prefetch(params.out_map);
     if (threadIdx.x == 0) init_barriers(shared, ring);
     Start<block_rows> start;
     start.find(params, lane);

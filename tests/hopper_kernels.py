@@ -107,7 +107,7 @@ class Product:
 
 
 class Case(NamedTuple):
-    """A product and its bits by mma_m16n8k16."""
+    """A kernel's call, and the bits that it must give."""
 
     product: Product
     expected: npt.NDArray[np.uint32]
@@ -122,7 +122,7 @@ class Bug(NamedTuple):
     old: str
     new: str
     error: str
-    kernel: str = "ring"
+    kernel: str = "ring"  # of several, which one
 
     def check(self, product: Product) -> None:
         """The changed kernel is found wrong in every order of threads."""

@@ -19,7 +19,7 @@ from cuattn.config import MASKS, ForwardSm90Config, attention_configs, hopper
 from cuattn.launches import Launch
 
 #: Shared memory has room for rows of these (head_dim, value_dim).
-DIMS = ((64, 64), (72, 72), (96, 96), (128, 128), (192, 128), (24, 40))
+DIMS = ((64, 64), (72, 72), (96, 96), (128, 128), (192, 128), (24, 40), (128, 192), (128, 136), (256, 64))
 
 
 @pytest.fixture(autouse=True)
@@ -62,20 +62,22 @@ def test_rows_that_are_no_boxes(launched: list[Launch]) -> None:
     assert stored(launched) == [False] * 4
 
 
-def test_without_lse() -> None:
+def test_without_lse(launched: list[Launch]) -> None:
     tensors = arrays(1, 100, 100)
     with cuattn.use_backend(*SM_90A):
         assert_same([cuattn.attention(*tensors)], cuattn.attention(*tensors, return_lse=True)[:1])
+    assert stored(launched) == [True, True]
 
 
 @pytest.mark.parametrize("row_stride", [1, 3])
-def test_every_order_of_threads_and_copies(row_stride: int) -> None:
+def test_every_order_of_threads_and_copies(row_stride: int, launched: list[Launch]) -> None:
     """Rows apart from each other, too, between which nothing is written."""
     problem = ManyRows(len_q=150, len_k=700, head_dim=128, mask="causal", arch="sm_90a", row_stride=row_stride)
     expected = replace(problem, arch="sm_90").run()
     for schedule in emulator.SCHEDULES:
         for seed in range(1, 4 if schedule == "random" else 2):
             assert_same(problem.run(schedule, seed), expected)
+    assert stored(launched) == [True] * 5
 
 
 def test_they_are_compiled_ahead() -> None:

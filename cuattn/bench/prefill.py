@@ -100,8 +100,10 @@ def why_refused(problem: Problem, inputs: Inputs, gold: Any, references: Mapping
     return reason or answers.why_not_invariant(cuattn.attention, q, k, v, problem.mask, out)
 
 
-def planned_launches(q: Any, k: Any, v: Any, mask: str) -> tuple[list[Launch], tuple[Any, Any]]:
-    """Launches with outputs and workspace in place, which keep the memory that they touch alive; output and LSE."""
+def planned_launches(q: Any, k: Any, v: Any, mask: str, with_lse: bool = True) -> tuple[list[Launch], tuple[Any, Any]]:
+    """Launches with outputs and workspace in place, which keep the memory that they touch alive; output and LSE, which
+    may be None.
+    """
     import torch
 
     from cuattn.checks import check_attention
@@ -117,10 +119,11 @@ def planned_launches(q: Any, k: Any, v: Any, mask: str) -> tuple[list[Launch], t
     def allocate(shape: tuple[int, ...], dtype: str) -> Tensor:
         return query.framework.empty(shape, dtype, query.device, query)
 
-    outputs = torch.empty(problem.out_shape, dtype=q.dtype, device=q.device), torch.empty(q.shape[:3], device=q.device)
-    out, lse = (import_tensor(x, "out") for x in outputs)
+    out = torch.empty(problem.out_shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], device=q.device) if with_lse else None
+    outputs = import_tensor(out, "out"), None if lse is None else import_tensor(lse, "lse")
     target = Target(device_architecture(index), processor_count(index))
-    return plan_forward(problem, out, lse, target, allocate), outputs
+    return plan_forward(problem, *outputs, target, allocate), (out, lse)
 
 
 def prepared_launches(q: Any, k: Any, v: Any, mask: str) -> Call:

@@ -106,10 +106,12 @@ def attention_configs(
     many = [many_rows(*shape, ragged, paged) for ragged, paged in lengths]
     hopper_kernels = [kernel for kernel in many if isinstance(kernel, ForwardSm90Config)]
     shared = [replace(kernel, split=True) for kernel in hopper_kernels if kernel.ragged]
-    boxes = [replace(kernel, out_boxes=True) for kernel in hopper_kernels if kernel.can_store_boxes]
-    few = [few_rows(*shape, paged, rows, maps) for paged, rows, maps in product((False, True), FEW_ROWS, (True, False))]
+    storing = [replace(kernel, out_boxes=True) for kernel in hopper_kernels if kernel.may_store_boxes]
+    few = [
+        few_rows(*shape, paged, rows, boxes) for paged, rows, boxes in product((False, True), FEW_ROWS, (True, False))
+    ]
     partial = columns(*shape, paged=False, split=True)
-    return [*dict.fromkeys([*many, *shared, *boxes, *few, partial]), CombineConfig(value_dim, dtype, arch)]
+    return [*dict.fromkeys([*many, *shared, *storing, *few, partial]), CombineConfig(value_dim, dtype, arch)]
 
 
 def backward_configs(

@@ -22,8 +22,10 @@ ROW_BLOCK, VALUE_WARPS = 8, 4
 START_BYTES = 40 * 4 * 32
 #: What a consumer's thread needs besides outputs, scores, weights and queries, found by trying; the most it can have.
 OTHER_REGISTERS, MOST_REGISTERS = 40, 255
-#: Rows of a warp, of which the copy engine can store a box; whether it does: not before it has been measured.
-WARP_ROWS, STORES_BOXES = 16, False
+#: Rows of a warp, of which the copy engine can store a box.
+WARP_ROWS = 16
+#: Whether it does: not before it has been measured (docs/performance.md).
+STORES_BOXES = False
 #: More slots than this do not hide more latency; with fewer, two warpgroups half a step apart leave none to be filled.
 MOST_SLOTS, FEWEST_SLOTS = 8, 4
 
@@ -34,7 +36,7 @@ class ForwardSm90Config(KernelConfig):
 
     Where keys lie a fixed distance apart the copy engine fetches them, else (paged) threads do. With ``split`` (then
     ragged, too) blocks share the chunks of rows; with ``few`` as well, a block has any range of the chunks of any rows.
-    With ``out_boxes`` (where `can_store_boxes`) finished rows leave through shared memory by the copy engine.
+    With ``out_boxes`` (where `may_store_boxes`) finished rows leave through shared memory by the copy engine.
     """
 
     kernel = "forward_sm90"
@@ -83,6 +85,7 @@ class ForwardSm90Config(KernelConfig):
             "ring_slots": self.ring_slots,
             "merged_in_shared": self.merged_in_shared,
             "out_boxes": self.out_boxes,
+            "warp_rows": WARP_ROWS,
             "producer_registers": self.producer_registers,
             "consumer_registers": self.consumer_registers,
         }
@@ -115,8 +118,10 @@ class ForwardSm90Config(KernelConfig):
         return self._shape[1]
 
     @property
-    def can_store_boxes(self) -> bool:
-        """Whether finished rows may leave as boxes: they find room in shared memory, and sequences have one length."""
+    def may_store_boxes(self) -> bool:
+        """Whether finished rows leave as boxes where they make some: sequences have one length, shared memory has room,
+        and it is switched on.
+        """
         return STORES_BOXES and self.merged_in_shared and not self.ragged
 
     @property

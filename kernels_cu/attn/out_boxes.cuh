@@ -22,7 +22,8 @@ namespace cuattn {
 // columns: of the tile that room holds in panels, value_dim of which matter.
 template <int columns, int value_dim, bool bfloat16>
 class OutBox {
-    static constexpr int rows = 16, panel_bytes = rows * 128;
+    static constexpr int rows = config::warp_rows, panel_bytes = rows * 128;
+    static_assert(rows == 16, "what the fragments of a warp hold");
     using Room = Tile<columns, 2, rows>;
 
   public:

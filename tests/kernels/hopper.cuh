@@ -1,6 +1,6 @@
 // Small kernels of Hopper's asynchronous units, for tests of the emulator: products of single tiles, which the copy engine
-// or threads bring. Those in which some threads work for others follow in hopper_roles.cuh, and
-// one that stores by the copy engine in hopper_stores.cuh.
+// or threads bring. Those in which some threads work for others follow in hopper_roles.cuh, one that stores by the copy
+// engine in hopper_stores.cuh.
 #pragma once
 
 #include <common/tensor_map.cuh>

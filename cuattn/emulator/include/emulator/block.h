@@ -5,6 +5,7 @@
 #include <functional>
 #include <stdexcept>
 #include <string>
+#include <unordered_set>
 #include <vector>
 
 #include <emulator/fiber.h>
@@ -68,6 +69,7 @@ struct Block {
     NamedBarrier named[16];
     std::map<uint32_t, Mbarrier> mbarriers;  // by address
     std::vector<BoxCopy> boxes;              // under way
+    std::unordered_set<uint64_t> stored;     // units of global memory, by number, that the copy engine writes
     std::string error;
 
     uint32_t number() const { return first_number + index; }

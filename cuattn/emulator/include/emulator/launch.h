@@ -163,6 +163,7 @@ inline void run_grid(const Launch& launch, const std::function<void()>& body, st
             std::fill(std::begin(state.named), std::end(state.named), NamedBarrier{});
             state.mbarriers.clear();
             state.boxes.clear();
+            state.stored.clear();
             state.shared.reset();
             state.thread.assign(state.threads, Thread{});
             for (int t = 0; t < state.threads; ++t) {

@@ -133,6 +133,7 @@ inline void start_box(uint32_t to, const cuattn::TensorMap& map, const int (&at)
 // The words of a unit from which bytes go to the tensor.
 template <class Visit>
 void for_each_stored_word(const Unit& unit, const Visit& visit) {
+    if (unit.first == unit.end) return;
     for (int i = unit.first / 4 * 4; i < unit.end; i += 4) visit(unit.shared + i);
 }
 
@@ -141,7 +142,8 @@ inline void store_unit(const Unit& unit) {
     if (unit.end > unit.first) std::memcpy(unit.global + unit.first, from + unit.first, unit.end - unit.first);
 }
 
-// Shared memory is read until this thread has waited; when it is read is up to the schedule.
+// Shared memory is read until this thread has waited; when it is read is up to the schedule. When global memory is written
+// the block does not learn.
 inline void start_store(const cuattn::TensorMap& map, const int (&at)[4], uint32_t from) {
     const char* const what = "tma_store_4d";
     Thread& me = current();
@@ -151,6 +153,7 @@ inline void start_store(const cuattn::TensorMap& map, const int (&at)[4], uint32
             check_asynchronous_read(what, address, me.now);
             ++block->shared.word(address).stores_under_way;
         });
+        if (unit.first < unit.end) block->stored.insert(reinterpret_cast<uint64_t>(unit.global) / unit_bytes);
         if (early) store_unit(unit);
         me.open_stores.push_back(unit);
     }
