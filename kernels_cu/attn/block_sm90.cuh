@@ -45,7 +45,8 @@ using At = RingPlace<ring_slots>;
 struct SharedMemory {
     alignas(1024) u16 query[consumers][query_elements];
     alignas(1024) u16 ring[ring_slots][slot_elements];
-    alignas(1024) unsigned char merged[consumers * 4 * Merged::bytes_per_warp];  // all warps' outputs, then all warps' rows
+    alignas(
+        1024) unsigned char merged[consumers * 4 * Merged::bytes_per_warp];  // all warps' outputs, then all warps' rows
     u64 filled[ring_slots], free[ring_slots], landed;
     u64 queries_filled[consumers], queries_free[consumers];
 };

@@ -54,9 +54,7 @@ template <Access access>
 void note_global(const char* what, const void* pointer, int bytes) {
     const Region& region = global_region(what, pointer, bytes);
     const auto address = reinterpret_cast<unsigned long long>(pointer);
-    const auto fail = [&](const char* why) {
-        fail_access(what, address, bytes, std::string(region.name) + ' ' + why);
-    };
+    const auto fail = [&](const char* why) { fail_access(what, address, bytes, std::string(region.name) + ' ' + why); };
     if (!block->stored.empty() && block->stored.count(address / 16)) fail("is being stored there by the copy engine");
     if (!region.writer) {
         if (access == Access::write) fail("is an input");
