@@ -62,7 +62,7 @@ BUGS = {
     "a store to where another one went": Bug(
         "params.right_map, 64 * i, 16",
         "params.right_map, 0 * i, 16",
-        "tma_store_4d .* out has been written there before",
+        "tma_store_4d .* out is being stored there by the copy engine",
     ),
     "a load of what is being stored": Bug(
         "    if (lane == 0) ptx::tma_store_wait();\n}",

@@ -107,6 +107,7 @@ FACTS = {
     "rows",
     "row_blocks",
     "boxes",
+    "out_boxes",
 }
 
 
