@@ -27,7 +27,7 @@ from cuattn.bench.prefill import Inputs, Problem, planned_launches, problems
 from cuattn.bench.results import PROVENANCE, Results
 from cuattn.config import hopper
 from cuattn.jit import cubin_path
-from cuattn.launch import ReadyLaunch, load_anew, words_of
+from cuattn.launch import Kernel, ReadyLaunch, load_anew, words_of
 from cuattn.launches import Launch
 from cuattn.tensor_map import argument, encode
 
@@ -61,17 +61,18 @@ class Variant:
         with self.in_use():
             launches, outputs = planned_launches(*inputs, mask, lse)
             stream = torch.cuda.current_stream().cuda_stream
+            kernels = [load_anew(one.config) for one in launches]
             ready = []
-            for one in launches:
+            for one, kernel in zip(launches, kernels, strict=True):
                 words = words_of(argument(one.params, one.tensor_maps, encode))
-                ready.append(load_anew(one.config).ready(one.grid, words, stream, one.cluster))
+                ready.append(kernel.ready(one.grid, words, stream, one.cluster))
             code = tuple(cubin_path(one.config).read_bytes() for one in launches)
 
-        return partial(_launched, ready, outputs, launches), code
+        return partial(_launched, ready, outputs, (launches, kernels)), code
 
 
-def _launched(ready: Sequence[ReadyLaunch], outputs: Outputs, kept: Sequence[Launch]) -> Outputs:
-    """The outputs; launches are kept for the memory that they touch."""
+def _launched(ready: Sequence[ReadyLaunch], outputs: Outputs, kept: tuple[list[Launch], list[Kernel]]) -> Outputs:
+    """The outputs. Kept are the memory that launches touch, and kernels, which are unloaded with their last user."""
     for launch in ready:
         launch.launch()
     return outputs

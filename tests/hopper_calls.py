@@ -1,10 +1,11 @@
 """Calls on the emulated Hopper GPU, in the order of threads that a test asks for, and what they launched."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from backends import SM_90A
+from planted_problems import ManyRows
 from problems import normal
 
 import cuattn
@@ -53,3 +54,13 @@ def both_families(*tensors: torch.Tensor, **options: Any) -> tuple[Any, Any]:
 def assert_same(first: Any, second: Any) -> None:
     for a, b in zip(first, second, strict=True):
         assert_bitwise_equal(a, b)
+
+
+class Bug(NamedTuple):
+    """A change of the kernel for many rows, for `changed.assert_found`."""
+
+    file: str
+    old: str
+    new: str
+    error: str | None  # what the emulator says; None where the output has other bits
+    problem: Any = ManyRows(len_q=150, len_k=700, head_dim=128, arch="sm_90a")

@@ -8,14 +8,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from backends import SM_80, SM_90A, attention_on
 from changed import assert_found
-from hopper_calls import SM_90, TORCH, arrays, assert_same, both_families, configs_of, in_order
+from hopper_calls import SM_90, TORCH, Bug, arrays, assert_same, both_families, configs_of, in_order
 from planted_problems import ManyRows
 from surface import ASKED, Surface, arranged, covering
 
@@ -179,16 +179,6 @@ class Asked:
 #: More tiles of rows than an emulated device has multiprocessors; queries in registers, or in shared memory alone.
 MANY_TILES = ManyRows(len_q=900, len_k=900, head_dim=128, arch="sm_90a")
 MANY_SHARED = ManyRows(len_q=1300, len_k=300, head_dim=64, arch="sm_90a")
-
-
-class Bug(NamedTuple):
-    file: str
-    old: str
-    new: str
-    error: str | None
-    problem: Any = ManyRows(len_q=150, len_k=700, head_dim=128, arch="sm_90a")
-
-
 BUGS = {
     "values are used before they are there": Bug(
         KERNEL,

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from backends import SM_90A
 from changed import assert_found
-from hopper_calls import arrays, assert_same, both_families, configs_of, in_order
+from hopper_calls import Bug, arrays, assert_same, both_families, configs_of, in_order
 from hopper_code import wrong_with
 from planted_problems import ManyRows
 from sass import Program
@@ -116,16 +116,6 @@ class LseFirst(ManyRows):
 
 KERNEL, BOXES = "forward_sm90.cuh", "attn/out_boxes.cuh"
 UNSETTLED = "a store from there has not been waited for|race with a read"
-
-
-class Bug(NamedTuple):
-    file: str
-    old: str
-    new: str
-    error: str | None
-    problem: Any = ManyRows(len_q=150, len_k=700, head_dim=128, arch="sm_90a")
-
-
 #: More tiles of rows than an emulated device has multiprocessors.
 MANY_TILES = ManyRows(len_q=900, len_k=100, head_dim=128, arch="sm_90a")
 BUGS = {

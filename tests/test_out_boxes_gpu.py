@@ -4,18 +4,21 @@ Launches are planned here: calls that are replayed would keep what the switch wa
 """
 
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from changed import change
 
 from cuattn.checks import check_attention
 from cuattn.config import ForwardSm90Config, hopper
 from cuattn.interop import Tensor, import_tensor
-from cuattn.launch import device_architecture, launch_kernel, processor_count
+from cuattn.launch import device_architecture, load_anew, processor_count, words_of
 from cuattn.launches import Target
 from cuattn.schedule import plan_forward
-from cuattn.testing import assert_bitwise_equal
+from cuattn.tensor_map import argument, encode
+from cuattn.testing import BitwiseMismatch, assert_bitwise_equal
 
 pytestmark = pytest.mark.gpu
 CASES = [
@@ -47,9 +50,12 @@ def computed(arch: str, tensors: list[torch.Tensor], mask: str, layout: str, gap
     target = Target(arch, processor_count(0))
     outputs = import_tensor(out, "out"), None if lse is None else import_tensor(lse, "lse")
     launches = plan_forward(problem, *outputs, target, allocate)
+    stream = torch.cuda.current_stream().cuda_stream
     for one in launches:
-        launch_kernel(one, 0, torch.cuda.current_stream().cuda_stream)
-    torch.cuda.synchronize()
+        words = words_of(argument(one.params, one.tensor_maps, encode))
+        kernel = load_anew(one.config)
+        kernel.launch(one.grid, words, stream, one.cluster)
+        torch.cuda.synchronize()  # before kernel and words go
     assert torch.isnan(wide[..., columns:]).all(), "nothing is written between rows"
     stored = [one.config.out_boxes for one in launches if isinstance(one.config, ForwardSm90Config)]
     return out.contiguous(), lse, stored
@@ -70,3 +76,14 @@ def test_the_bits_of_the_portable_kernels(group: int, dims: tuple[int, int], lay
             assert_bitwise_equal(own, out)
             if with_lse:
                 assert_bitwise_equal(own_lse, lse)
+
+
+def test_control(sources: Path) -> None:
+    """A kernel whose rows go to other places has other bits."""
+    tensors = [torch.randn(1, heads, 150, 64, device="cuda").to(torch.bfloat16) for heads in (4, 2, 2)]
+    out, _, _ = computed("sm_90", tensors, "full", "bhsd", 0, with_lse=False)
+    change(sources / "attn/out_boxes.cuh", "head * (rows >> shift) + token", "row")
+    changed, _, stored = computed(hopper.ARCH, tensors, "full", "bhsd", 0, with_lse=False)
+    assert stored == [True]
+    with pytest.raises(BitwiseMismatch):
+        assert_bitwise_equal(changed, out)
