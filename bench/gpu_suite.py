@@ -8,9 +8,8 @@
 runs with this interpreter, which needs CuPy, torch for CUDA, ml_dtypes, a C++ compiler, and pytest with its plugins
 xdist and timeout. FOLDER gets log.txt (all output), summary.txt, check.json, and the CSV files decode, forward
 (prefill), chunked, backward, backward_memory, padded, host_cost, accuracy and jit_time, or those of the steps named:
-"counters", which needs Nsight Compute, "variants" and "variants_lse" are only run by name. The variable COMMIT says
-which commit to note in them. A planted_* step passes if compute-sanitizer finds the bug that was planted. Exit status 0
-if all steps passed.
+"counters", which needs Nsight Compute, is only run by name. The variable COMMIT says which commit to note in them. A
+planted_* step passes if compute-sanitizer finds the bug that was planted. Exit status 0 if all steps passed.
 """
 
 import argparse
@@ -134,8 +133,6 @@ def all_steps(folder: Path) -> list[Step]:
         planted("racecheck", "keys", *call("backward")),
         Step("check", 290, check, shown=5),
         Step("counters", 90, script("counters"), shown=24, group=""),
-        Step("variants", 120, script("variants", "--boxes"), shown=24, group=""),
-        Step("variants_lse", 120, python("bench/variants.py", "--boxes", "--lse", *to_file("variants_lse")), 0, 24, ""),
         Step("accuracy", 60, script("accuracy")),
         Step("jit_time", 60, bench("jit", "--providers", "cuattn", "--repeats", "3", to="jit_time"), shown=8),
         Step("peers_prefill", 200, bench("prefill", *some, "--seconds", "150", to="peers_prefill"), 0, 8, "peers"),

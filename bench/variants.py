@@ -1,18 +1,17 @@
 """Variants of the kernel for many rows on a GPU, timed in turns in one process: between processes rates differ by more.
 
-    python3 bench/variants.py [NAME=FOLDER ...] [--boxes] --head-dim 64 128 --length 512 2048 --csv FILE
+    python3 bench/variants.py NAME=FOLDER ... --head-dim 64 128 --length 512 2048 --csv FILE
 
 NAME is the kernels of FOLDER, a copy of kernels_cu with a change in it, which takes the same arguments; "as it is" are
-those in use. --boxes: also "boxes", with rows that the copy engine stores. Problems and rates are those of `cuattn
-bench prefill`; a time is the median of the repeats. ratio: the rate over that of "as it is". Exit status 1 if a variant
-has other bits than "as it is", or, so that nothing is compared with itself, the same code.
+those in use. Problems and rates are those of `cuattn bench prefill`; a time is the median of the repeats. ratio: the
+rate over that of "as it is". Exit status 1 if a variant has other bits than "as it is", or, so that nothing is compared
+with itself, the same code.
 """
 
 import argparse
-import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,6 @@ from cuattn.bench.options import add_grid, positive
 from cuattn.bench.peers import Call
 from cuattn.bench.prefill import Inputs, Problem, planned_launches, problems
 from cuattn.bench.results import PROVENANCE, Results
-from cuattn.config import hopper
 from cuattn.jit import cubin_path
 from cuattn.launch import Kernel, ReadyLaunch, load_anew, words_of
 from cuattn.launches import Launch
@@ -35,7 +33,7 @@ COLUMNS = (
     *("dtype", "mask", "head_dim", "value_dim", "length", "batch", "heads", "lse"),
     *("variant", "tflops", "ratio", *timing.COLUMNS, *PROVENANCE),
 )
-AS_IT_IS, BOXES = "as it is", "boxes"
+AS_IT_IS = "as it is"
 #: What kernels take is defined here, relative to their folder.
 ARGUMENTS = ("attn/params.cuh", "common/tensor_map.cuh")
 Outputs = tuple[Any, Any]  # output, and LSE or None
@@ -43,22 +41,16 @@ Outputs = tuple[Any, Any]  # output, and LSE or None
 
 @dataclass(frozen=True)
 class Variant:
-    """Kernels of a folder, None for those in use, whose rows leave as boxes or not."""
+    """Kernels of a folder, None for those in use."""
 
     folder: Path | None = None
-    boxes: bool = False
-
-    @contextlib.contextmanager
-    def in_use(self) -> Iterator[None]:
-        variables = {env.KERNEL_DIR: str(self.folder)} if self.folder else {}
-        with mock.patch.dict(os.environ, variables), mock.patch.object(hopper, "STORES_BOXES", self.boxes):
-            yield
 
     def prepared(self, inputs: Inputs, mask: str, lse: bool) -> tuple[Call, tuple[bytes, ...]]:
         """A call that launches and returns output and LSE, if any, and its kernels' code."""
         import torch
 
-        with self.in_use():
+        variables = {env.KERNEL_DIR: str(self.folder)} if self.folder else {}
+        with mock.patch.dict(os.environ, variables):
             launches, outputs = planned_launches(*inputs, mask, lse)
             stream = torch.cuda.current_stream().cuda_stream
             kernels = [load_anew(one.config) for one in launches]
@@ -123,12 +115,10 @@ def named(text: str) -> tuple[str, Variant]:
     return name, Variant(folder)
 
 
-def chosen(named_ones: Sequence[tuple[str, Variant]], boxes: bool) -> dict[str, Variant]:
-    """By name, "as it is" first. Raises ValueError for names that stand for something else, and for nothing at all."""
-    ones = [(AS_IT_IS, Variant()), *[(BOXES, Variant(boxes=True))] * boxes, *named_ones]
+def chosen(named_ones: Sequence[tuple[str, Variant]]) -> dict[str, Variant]:
+    """By name, "as it is" first. Raises ValueError for names that stand for something else."""
+    ones = [(AS_IT_IS, Variant()), *named_ones]
     names = [name for name, _ in ones]
-    if len(names) == 1:
-        raise ValueError("got no variant, expected NAME=FOLDER or --boxes")
     if len(set(names)) < len(names):
         raise ValueError(f"got the names {', '.join(names)}, expected each once")
     return dict(ones)
@@ -136,15 +126,14 @@ def chosen(named_ones: Sequence[tuple[str, Variant]], boxes: bool) -> dict[str, 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("variants", nargs="*", type=named, metavar="NAME=FOLDER")
-    parser.add_argument("--boxes", action="store_true", help="rows that the copy engine stores, too")
+    parser.add_argument("variants", nargs="+", type=named, metavar="NAME=FOLDER")
     parser.add_argument("--lse", action="store_true", help="the LSE is asked for, too")
     parser.add_argument("--repeats", type=positive, default=15)
     parser.add_argument("--csv", type=Path, help="the file to write")
     add_grid(parser, head_dim=[(64, 64), (128, 128)])
     options = parser.parse_args()
     try:
-        variants = chosen(options.variants, options.boxes)
+        variants = chosen(options.variants)
     except ValueError as error:
         parser.error(str(error))
     results, bad = Results(options.csv, COLUMNS), 0

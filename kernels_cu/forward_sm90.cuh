@@ -102,6 +102,7 @@ class Consumer {
             wait_filled();
             ptx::wgmma_fence();
             multiply_keys();
+            settle();
             ptx::wgmma_wait<0>();
             ptx::wgmma_hold(score_);
             release(at_);
@@ -113,6 +114,7 @@ class Consumer {
             Products::pack(weight_, score_);
             wait_filled();
         } else {
+            settle();
             release_queries(false);
         }
 #pragma unroll 1
@@ -248,7 +250,6 @@ class Consumer {
     __device__ __forceinline__ void finish_chunk(const Work& work, int chunk, RowStatistics& rows) {
         if (!split || work.first_chunk == 0) {
             merged().fold(out_, rows, chunk == 0);
-            settle();
             merged().store(out_, rows);
         } else {
             rows.sum[0] = quad_sum(rows.sum[0]);
@@ -270,7 +271,7 @@ class Consumer {
         const KeySequence& sequence = work.sequence;
         const int first = first_row_of(work);
         if constexpr (config::out_boxes) {
-            settle();
+            __syncwarp();  // all lanes have read the chunks in the room
             Box::store(call_, work, first, out_, rows_, room());
         } else {
             const int batch = sequence.query_batch, start = sequence.query_start;

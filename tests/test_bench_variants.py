@@ -108,15 +108,14 @@ def test_a_prepared_variant(variants: ModuleType, sources: Path, monkeypatch: py
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
     monkeypatch.setattr(launch, "device_architecture", lambda index: "sm_90a")
     monkeypatch.setattr(launch, "processor_count", lambda index: 2)
-    ones = variants.chosen([variants.named(f"mine={sources}")], boxes=True)
+    ones = variants.chosen([variants.named(f"mine={sources}")])
     prepared = {name: one.prepared((q, q, q), "full", lse=False) for name, one in ones.items()}
-    assert list(prepared) == ["as it is", "boxes", "mine"]
-    assert len({code for _, code in prepared.values()}) == 3
+    assert list(prepared) == ["as it is", "mine"]
+    assert len({code for _, code in prepared.values()}) == 2
     for call, _ in prepared.values():
         out, lse = call()
         assert (out.shape, lse) == (q.shape, None)
-    assert [config.out_boxes for config, *_ in launches] == [False, True, False]
-    assert [folder for _, folder, *_ in launches] == [env.kernel_dir(), env.kernel_dir(), sources.resolve()]
+    assert [folder for _, folder, *_ in launches] == [env.kernel_dir(), sources.resolve()]
     assert {stream for *_, stream in launches} == {7}
 
 
@@ -124,10 +123,10 @@ def test_variants_that_are_none(variants: ModuleType, sources: Path, tmp_path: P
     for text in (f"mine={tmp_path}", "mine"):
         with pytest.raises(ArgumentTypeError, match="expected NAME=FOLDER, a folder of kernels"):
             variants.named(text)
-    one = variants.named(f"boxes={sources}")
-    for ones, boxes in (([], False), ([one, one], False), ([one], True), ([("as it is", one[1])], False)):
-        with pytest.raises(ValueError, match=r"expected (NAME=FOLDER or --boxes|each once)"):
-            variants.chosen(ones, boxes)
+    one = variants.named(f"mine={sources}")
+    for ones in ([one, one], [("as it is", one[1])]):
+        with pytest.raises(ValueError, match="expected each once"):
+            variants.chosen(ones)
     other = tmp_path / "other"
     shutil.copytree(sources, other)
     change(other / "attn/params.cuh", "int group_shift;", "i64 group_shift;")

@@ -59,6 +59,12 @@ BUGS = {
         "16 * warp, 0, 0, room + 512);",
         "tma_store_4d .* misaligned: not a multiple of 1024",
     ),
+    "a store that starts before the tensor": Bug(
+        "16 * warp, 0, 0, room);", "16 * warp - 8, 0, 0, room);", "tma_store_4d: a negative coordinate"
+    ),
+    "a store of columns before the tensor's": Bug(
+        "params.right_map, 64 * i, 16", "params.right_map, 64 * i - 8, 16", "tma_store_4d: a negative coordinate"
+    ),
     "a store to where another one went": Bug(
         "params.right_map, 64 * i, 16",
         "params.right_map, 0 * i, 16",

@@ -247,8 +247,8 @@ BUGS = {
     ),
     "products without their fence": Bug(
         KERNEL,
-        "ptx::wgmma_fence();\n            multiply_keys();\n            ptx::wgmma_wait<0>",
-        "multiply_keys();\n            ptx::wgmma_wait<0>",
+        "ptx::wgmma_fence();\n            multiply_keys();\n            settle",
+        "multiply_keys();\n            settle",
         "wgmma_fence",
     ),
     "outputs are used before they are there": Bug(

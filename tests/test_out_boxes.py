@@ -15,16 +15,11 @@ from sass import Program
 
 import cuattn
 from cuattn import emulator, jit
-from cuattn.config import MASKS, ForwardSm90Config, attention_configs, hopper
+from cuattn.config import MASKS, ForwardSm90Config, attention_configs
 from cuattn.launches import Launch
 
 #: Shared memory has room for rows of these (head_dim, value_dim).
 DIMS = ((64, 64), (72, 72), (96, 96), (128, 128), (192, 128), (24, 40), (128, 192), (128, 136), (256, 64))
-
-
-@pytest.fixture(autouse=True)
-def boxes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopper, "STORES_BOXES", True)
 
 
 def stored(launched: list[Launch]) -> list[bool]:
@@ -115,7 +110,10 @@ class LseFirst(ManyRows):
 
 
 KERNEL, BOXES = "forward_sm90.cuh", "attn/out_boxes.cuh"
+SETTLES = "multiply_keys();\n            settle();\n"
 UNSETTLED = "a store from there has not been waited for|race with a read"
+#: Some of the first tile's rows do not exist.
+NO_FIRST_ROWS = ManyRows(len_q=150, len_k=700, head_dim=128, mask="causal", arch="sm_90a")
 #: More tiles of rows than an emulated device has multiprocessors.
 MANY_TILES = ManyRows(len_q=900, len_k=100, head_dim=128, arch="sm_90a")
 BUGS = {
@@ -123,21 +121,28 @@ BUGS = {
     "rows are stored before all lanes have written them": Bug(
         BOXES, "ptx::fence_async_proxy();\n        __syncwarp();", "ptx::fence_async_proxy();", "race|never written"
     ),
-    "rows are written over those on their way": Bug(
-        KERNEL, "            settle();\n            Box::store", "            Box::store", UNSETTLED, MANY_TILES
-    ),
+    "rows are written over those on their way": Bug(KERNEL, SETTLES, "multiply_keys();\n", UNSETTLED, MANY_TILES),
     "chunks are written over rows on their way": Bug(
-        KERNEL,
-        "            settle();\n            merged().store",
-        "            merged().store",
-        UNSETTLED,
-        ManyRows(len_q=900, len_k=700, head_dim=128, arch="sm_90a"),
+        KERNEL, SETTLES, "multiply_keys();\n", UNSETTLED, replace(MANY_TILES, len_k=700)
     ),
-    "lanes do not know that rows have been stored": Bug(
-        BOXES, "ptx::tma_store_wait();\n        __syncwarp();", "ptx::tma_store_wait();", "race", MANY_TILES
+    "rows are written over chunks": Bug(
+        KERNEL, "            __syncwarp();  // all lanes have read", "            //", "race"
+    ),
+    "rows without keys are written over those on their way": Bug(
+        KERNEL,
+        "settle();\n            release_queries",
+        "release_queries",
+        UNSETTLED,
+        replace(MANY_TILES, mask="causal"),
     ),
     "a warp ends before its rows are stored": Bug(
         KERNEL, "        Consumer::settle();\n", "", "returns without tma_store_wait"
+    ),
+    "rows before the first one are stored": Bug(
+        BOXES, "lane == 0 && first_row >= 0", "lane == 0", "negative coordinate", NO_FIRST_ROWS
+    ),
+    "a box starts before the first row": Bug(
+        "attn/block_work.cuh", "missing / first_row_unit * first_row_unit", "missing", "not written", NO_FIRST_ROWS
     ),
     "columns of another panel": Bug(BOXES, "room + panel * panel_bytes", "room", None),
     "tokens and heads change places": Bug(BOXES, "head * (rows >> shift) + token", "row", None, Heads()),

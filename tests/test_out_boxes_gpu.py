@@ -1,6 +1,6 @@
 """Rows that the copy engine stores, on a GPU: the bits of the portable kernels.
 
-Launches are planned here: calls that are replayed would keep what the switch was when they were first made.
+Launches are planned here, with outputs that have gaps between their rows, and with the portable kernels.
 """
 
 from itertools import product
@@ -28,10 +28,9 @@ CASES = [
 
 
 @pytest.fixture(autouse=True)
-def hopper_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def hopper_gpu() -> None:
     if device_architecture(0) != hopper.ARCH:
         pytest.skip(f"needs a device of {hopper.ARCH}, not {device_architecture(0)}")
-    monkeypatch.setattr(hopper, "STORES_BOXES", True)
 
 
 def computed(arch: str, tensors: list[torch.Tensor], mask: str, layout: str, gap: int, with_lse: bool) -> Any:

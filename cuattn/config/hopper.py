@@ -24,8 +24,6 @@ START_BYTES = 40 * 4 * 32
 OTHER_REGISTERS, MOST_REGISTERS = 40, 255
 #: Rows of a warp, of which the copy engine can store a box.
 WARP_ROWS = 16
-#: Whether it does: not before it has been measured (docs/performance.md).
-STORES_BOXES = False
 #: More slots than this do not hide more latency; with fewer, two warpgroups half a step apart leave none to be filled.
 MOST_SLOTS, FEWEST_SLOTS = 8, 4
 
@@ -119,10 +117,8 @@ class ForwardSm90Config(KernelConfig):
 
     @property
     def may_store_boxes(self) -> bool:
-        """Whether finished rows leave as boxes where they make some: sequences have one length, shared memory has room,
-        and it is switched on.
-        """
-        return STORES_BOXES and self.merged_in_shared and not self.ragged
+        """Whether finished rows leave as boxes where they make some: of one length, with room in shared memory."""
+        return self.merged_in_shared and not self.ragged
 
     @property
     def ring_slots(self) -> int:

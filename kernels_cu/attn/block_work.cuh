@@ -11,6 +11,8 @@
 
 namespace cuattn {
 
+constexpr int first_row_unit = 16;  // first rows of tiles are multiples of a warp's rows
+
 // The block's item in a turn; where blocks share tiles each has one. Blocks go through the items forth and back: long rows
 // and short ones, of which the first are long, even out.
 __device__ __forceinline__ u32 item_of(u32 turn) {
@@ -36,9 +38,9 @@ __device__ __forceinline__ bool tile_work(const ForwardParams& params, int piece
         return false;
     }
     if constexpr (config::causal && !config::split) {
-        // The last tile is full rather than the first one, which has the fewest keys.
-        const int rows = place.query_length * group;
-        work.first_row -= (rows + tile_rows - 1) / tile_rows * tile_rows - rows;
+        // The last tile is full, to first_row_unit, rather than the first one, which has the fewest keys.
+        const int rows = place.query_length * group, missing = (rows + tile_rows - 1) / tile_rows * tile_rows - rows;
+        work.first_row -= missing / first_row_unit * first_row_unit;
     }
     if constexpr (config::split) {
         // Pieces of equal numbers of tiles: each has the chunks that start in it, and the first one has the first chunk.

@@ -1,6 +1,7 @@
 // Finished rows on their way through shared memory, from where the copy engine stores them.
 #pragma once
 
+#include <attn/block_work.cuh>
 #include <attn/epilogue.cuh>
 #include <attn/params.cuh>
 #include <attn/rows.cuh>
@@ -16,14 +17,15 @@
 namespace cuattn {
 
 // A warp's 16 packed rows, from first_row on, as a box of the outputs: 16 / group tokens of all query heads of a key head. A
-// box has a head's tokens behind each other, packed rows a token's heads. What does not exist lies outside of the outputs,
-// and the copy engine leaves it out.
+// box has a head's tokens behind each other, packed rows a token's heads. What lies behind the outputs' end the copy engine
+// leaves out; what would start before them must not be asked for.
 //
 // columns: of the tile that room holds in panels, value_dim of which matter.
 template <int columns, int value_dim, bool bfloat16>
 class OutBox {
     static constexpr int rows = config::warp_rows, panel_bytes = rows * 128;
-    static_assert(rows == 16, "what the fragments of a warp hold");
+    static_assert(rows == 16 && first_row_unit == rows,
+                  "what the fragments of a warp hold: no box starts before the outputs");
     using Room = Tile<columns, 2, rows>;
 
   public:
@@ -40,7 +42,8 @@ class OutBox {
         stage(params, out, statistics, room);
         ptx::fence_async_proxy();
         __syncwarp();
-        if (lane == 0) {
+        room = __shfl_sync(all_lanes, room, 0), first_row = __shfl_sync(all_lanes, first_row, 0);
+        if (lane == 0 && first_row >= 0) {
 #pragma unroll
             for (int panel = 0; panel < (value_dim + 63) / 64; ++panel) {
                 ptx::tma_store_4d(params.out_map, panel * 64, first_row >> params.group_shift,
@@ -52,7 +55,7 @@ class OutBox {
 
     // Until room may be written again. By all lanes.
     __device__ __forceinline__ static void settle() {
-        if ((threadIdx.x & 31) == 0) ptx::tma_store_wait();
+        ptx::tma_store_wait();  // of one lane's stores
         __syncwarp();
     }
 

@@ -148,6 +148,7 @@ inline void start_store(const cuattn::TensorMap& map, const int (&at)[4], uint32
     const char* const what = "tma_store_4d";
     Thread& me = current();
     const bool early = block->schedule == Schedule::ascending || draws_early_end();
+    if (*std::min_element(at, at + 4) < 0) fail(std::string(what) + ": a negative coordinate, an illegal instruction");
     for (const Unit& unit : box_units<Access::write>(what, Tensor4d(map), at, from)) {
         for_each_stored_word(unit, [&](uint32_t address) {
             check_asynchronous_read(what, address, me.now);
