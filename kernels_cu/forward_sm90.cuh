@@ -271,7 +271,6 @@ class Consumer {
         const KeySequence& sequence = work.sequence;
         const int first = first_row_of(work);
         if constexpr (config::out_boxes) {
-            __syncwarp();  // all lanes have read the chunks in the room
             Box::store(call_, work, first, out_, rows_, room());
         } else {
             const int batch = sequence.query_batch, start = sequence.query_start;

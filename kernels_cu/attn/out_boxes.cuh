@@ -39,6 +39,7 @@ class OutBox {
         const ForwardParams& call = params.call.forward;
         const int lane = threadIdx.x & 31;
         if (call.lse) store_lse(call, work, first_row, statistics, lane);
+        __syncwarp();  // all lanes have read what was in the room
         stage(params, out, statistics, room);
         ptx::fence_async_proxy();
         __syncwarp();
