@@ -125,9 +125,7 @@ BUGS = {
     "chunks are written over rows on their way": Bug(
         KERNEL, SETTLES, "multiply_keys();\n", UNSETTLED, replace(MANY_TILES, len_k=700)
     ),
-    "rows are written over chunks": Bug(
-        KERNEL, "            __syncwarp();  // all lanes have read", "            //", "race"
-    ),
+    "rows are written over chunks": Bug(BOXES, "        __syncwarp();  // all lanes have read", "        //", "race"),
     "rows without keys are written over those on their way": Bug(
         KERNEL,
         "settle();\n            release_queries",

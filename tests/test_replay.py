@@ -67,7 +67,7 @@ def test_every_pointer_is_that_of_the_call(machine: Machine, name: str) -> None:
             else:
                 workspace.setdefault(number - given - len(results), set()).add(pointer)
         for part, number, words_at in prepared.maps:
-            assert rest[part] == words_at(arrays[number].data_ptr())
+            assert rest[part] == words_at((*arrays, *results)[number].data_ptr())
             rest[part] = array.array("Q", bytes(BYTES))
         assert rest == prepared.words
     starts = {min(addresses) - known.offsets[number] for number, addresses in workspace.items()}
