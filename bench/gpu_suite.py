@@ -117,7 +117,7 @@ def all_steps(folder: Path) -> list[Step]:
         Step("backward_memory", 30, bench("backward", "--memory", *gradients, to="backward_memory"), shown=12),
         Step("host_cost", 30, bench("host", *fast, to="host_cost"), shown=8),
         Step("memcheck", 90, sanitize("memcheck")),
-        planted("memcheck", "write", *many_rows(64)),
+        planted("memcheck", "write", *many_rows(256)),  # whose rows are stored by threads
         planted("memcheck", "read", *many_rows(64)),
         planted("memcheck", "append", *call("append beyond")),
         planted("memcheck", "gradient", *call("backward")),
