@@ -43,6 +43,7 @@ class OutBox {
         stage(params, out, statistics, room);
         ptx::fence_async_proxy();
         __syncwarp();
+        // the same for all lanes, and the compiler must know, or it puts a loop around each store
         room = __shfl_sync(all_lanes, room, 0), first_row = __shfl_sync(all_lanes, first_row, 0);
         if (lane == 0 && first_row >= 0) {
 #pragma unroll
