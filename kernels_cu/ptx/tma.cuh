@@ -38,8 +38,9 @@ __device__ __forceinline__ void tma_load_4d(u32 to, const TensorMap& map, int x,
     }
 }
 
-// Copies the map's box from the shared address `from` to the given coordinates; what lies behind the tensor's end is left out,
-// but no coordinate may be negative: on an H200 that was an illegal instruction. By one thread, which closes a group of such copies with tma_store_commit.
+// Copies the map's box from the shared address `from` to the given coordinates; what lies behind the tensor's end is left
+// out, but no coordinate may be negative: on an H200 that was an illegal instruction. By one thread, which closes a group
+// of such copies with tma_store_commit.
 __device__ __forceinline__ void tma_store_4d(const TensorMap& map, int x, int y, int z, int w, u32 from) {
     asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(&map),
                  "r"(x), "r"(y), "r"(z), "r"(w), "r"(from)
